@@ -1,0 +1,1299 @@
+"""TRAPO in one file: Trust-Region Adaptive Policy Optimization (arXiv 2512.17636).
+
+Post-training usually runs SFT on expert solutions and then RL. TRAPO does both inside every
+training instance (Algorithm 1). For a problem x with an expert solution y:
+
+    the policy tries alone                                  4 rollouts     micro-group 1
+    it did badly?  it starts from the first 20 % of y       2 rollouts     micro-group 2
+    still badly?   it starts from the first half of y       1 rollout      micro-group 3
+    still badly?   it is shown the whole of y               1 rollout      micro-group 4
+
+and one update then does two things at once:
+
+    the policy's own tokens (completion)   group-relative policy gradient         (Section 2.3)
+    the expert's tokens     (prefix)       Trust-Region SFT: SFT's gradient weight 1/p is
+                                           clipped at 1/alpha                     (Eq. 3)
+
+What this file leaves out of GRPO, and why:
+    1. no reference model, no KL penalty: the paper trains without them
+    2. no division by the group's standard deviation or the response's length: Dr. GRPO's repairs
+    3. no importance ratio and no clip: one update per batch of rollouts is on-policy, so the ratio
+       is 1 (--updates 2 brings both back)
+
+Words: a *rollout* is one response to a prompt: an expert *prefix* (mostly empty), continued by the
+policy's own *completion*. The 8 rollouts of a prompt form its *group*, drawn in *micro-groups*. The
+*return* of a rollout is its reward, 1 or 0; its *advantage* is the reward minus the group's mean.
+
+    python trapo.py                                     the embedded experiment: CPU, offline
+    python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
+
+Read downwards: 1 losses, 2 adaptive guidance, 3 the policy, 4 the update, 5 data and reward,
+6 the embedded experiment, 7 processes and checkpoints, 8 the training loop, 9 the command line.
+"""
+import argparse
+import copy
+import functools
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict as full_state  # whole tensors from shards
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+Tokens = list[int]
+
+
+class InputError(ValueError):
+    """The user's input cannot be used: main() prints the message as one line and exits with 2."""
+
+
+# ================================================================================================
+# Part 1. The losses. All are per token; the update (Part 4) sums them.
+#
+# Let p be the policy's probability of an expert token. SFT minimises -log p, whose gradient
+# -(1/p) grad p explodes as p -> 0: the expert's least likely tokens move the policy most, into
+# regions that neither supports, and its own rollouts degenerate (Section 2.2). TrSFT clips the
+# weight. Its optimum drops the expert's rare tokens and renormalises the main modes
+# (Proposition 1): it is mode-seeking, where SFT is mode-covering.
+# ================================================================================================
+def trsft_loss(logprobs: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Trust-Region SFT, Eq. 3:  grad L = -1 / max(p, alpha) * grad p.
+
+        L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
+             = 1 - log(alpha) - p / alpha   if p <  alpha   (outside: constant weight 1/alpha)
+
+    The two pieces meet at p = alpha. alpha = 0 is SFT; alpha = 1 is 1 - p.
+
+    Args: logprobs: log p of the expert's tokens, nats, any shape, floating point.
+        alpha: the trust region's edge, in [0, 1]; ValueError elsewhere.
+    Returns: per-token losses, same shape and dtype.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if alpha == 0:  # every p is inside; the other piece would take log(0)
+        return -logprobs
+    p = logprobs.exp()
+    return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
+
+
+def luffy_loss(logprobs: torch.Tensor, advantages: torch.Tensor,
+               gamma: float = 0.1) -> torch.Tensor:
+    """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), never clipped.
+
+    Args: logprobs: nats, any shape. advantages: broadcastable to it. gamma: shaping constant > 0.
+    Returns: per-token losses, same shape as logprobs.
+    """
+    p = logprobs.exp()
+    return -advantages * p / (p + gamma)
+
+
+def policy_gradient_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
+                         advantages: torch.Tensor, clip: float | None = None) -> torch.Tensor:
+    """The group-relative policy gradient (Section 2.3):  -ratio * A  with  ratio = p / p_old.
+
+    On policy (old = logprobs.detach()) the ratio is 1, and the gradient with respect to log p is
+    -A: REINFORCE with the group's mean as baseline.
+
+    Args: logprobs, old_logprobs: log p now and when drawn, same shape. advantages: broadcastable.
+        clip: PPO's epsilon; None leaves the ratio alone.
+    Returns: per-token losses, same shape as logprobs.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    if clip is None:
+        return -ratio * advantages
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
+
+    Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
+    """
+    return rewards - rewards.mean(-1, keepdim=True)
+
+
+def prefix_token_loss(kind: str, logprobs: torch.Tensor, advantages: torch.Tensor,
+                      alpha: float) -> torch.Tensor:
+    """What the expert's tokens are trained with: the rows of Table 2, one a line."""
+    if kind == "trsft":
+        return trsft_loss(logprobs, alpha)
+    if kind == "sft":
+        return trsft_loss(logprobs, 0.0)
+    if kind == "luffy":
+        return luffy_loss(logprobs, advantages)
+    return torch.zeros_like(logprobs)  # "none"
+
+
+# ================================================================================================
+# Part 2. Adaptive guidance: micro-group sampling (Section 2.3, Algorithm 1).
+#
+# How much help a problem needs is not known in advance, so it is found out: before each micro-group
+# the mean return of all rollouts drawn so far is compared with a threshold. Hard problems get
+# longer and longer prefixes, easy ones none. There is no model in this part: `generate` and `score`
+# are functions, and the tests drive them with a script.
+# ================================================================================================
+@dataclass(frozen=True)
+class MicroGroup:
+    """n_i rollouts that start from the first L_i of the expert's tokens if guided (Algorithm 1)."""
+    size: int         # n_i, rollouts
+    ratio: float      # L_i, share of the expert solution, in [0, 1]
+    threshold: float  # t_i: guided if the mean return so far is below it; -1 never, inf always
+
+
+@dataclass
+class Problem:
+    """A prompt, the expert's solutions (perhaps none; each ends in EOS), and the answer."""
+    prompt_ids: Tokens
+    solutions: list[Tokens]
+    answer: str
+
+
+@dataclass
+class Rollout:
+    """One response = prefix + completion. The first three are lists of token ids."""
+    prompt: Tokens
+    prefix: Tokens      # the expert's tokens, [] when not guided
+    completion: Tokens  # the policy's tokens, EOS included when it was reached
+    reward: float
+    micro_group: int    # index into the schedule
+
+
+def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
+    """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
+    return sum(returns_so_far) / max(1, len(returns_so_far)) < group.threshold
+
+
+def expert_prefix(solution_ids: Tokens, ratio: float,
+                  breaks: frozenset[int] = frozenset()) -> Tokens:
+    """The first round(ratio * length) ids of the solution; all of them, EOS included, at ratio 1.
+
+    `breaks`, ids that end a paragraph: the cut moves on to behind the next one, if that comes
+    within 30 % of the solution's length (the released code; the paper cuts anywhere).
+    """
+    length = len(solution_ids)
+    cut = round(ratio * length)
+    reach = min(length, cut + round(0.3 * length)) if 0 < cut else cut
+    ends = (i + 1 for i in range(cut, reach) if solution_ids[i] in breaks)
+    return solution_ids[:next(ends, cut)]
+
+
+def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
+                  generate: Callable[[list[Tokens], list[int]], list[Tokens]],
+                  score: Callable[[Problem, Tokens], float], rng: random.Random,
+                  speculate: bool = False, max_response: int = 1024,
+                  breaks: frozenset[int] = frozenset()) -> list[list[Rollout]]:
+    """Algorithm 1: draw every problem's group of rollouts, micro-group by micro-group.
+
+    With `speculate`, every branch that the thresholds may choose is drawn in ONE generate call
+    (trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt); the walk then keeps those that it
+    would have drawn. The distribution is exactly that of the sequential walk: given the policy, the
+    branches are independent, and the decision at micro-group i looks only at rollouts kept from
+    groups before i. Whether a branch is drawn after that decision or before it, unseen, cannot
+    matter. (What would bias it is to draw a branch again, or to choose by the branch itself.)
+
+    Args: problems: anything with .prompt_ids and .solutions; a guided micro-group picks one.
+        generate: (requests, limits on new tokens) -> completions.   score: reward of a response.
+        rng: picks the solutions.   max_response: tokens, prefix and completion together.
+    Returns: for each problem its sum(sizes) rollouts, in the order drawn.
+    """
+    # Picked before anything is drawn, so that no decision changes what the others pick.
+    solutions = [[rng.choice(p.solutions) if p.solutions else None for _ in schedule]
+                 for p in problems]
+    drawn: dict[tuple[int, int, bool], list[tuple[Tokens, Tokens]]] = {}
+
+    def draw(branches: Iterable[tuple[int, int, bool]]) -> None:
+        """Fill `drawn` for (problem, micro-group, guided) branches with one generate call."""
+        requests, limits, slots = [], [], []
+        for i, m, guided in branches:
+            prefix = expert_prefix(solutions[i][m], schedule[m].ratio, breaks) if guided else []
+            complete = guided and len(prefix) == len(solutions[i][m])  # nothing left to generate
+            drawn[i, m, guided] = [(prefix, [])] * schedule[m].size
+            for slot in range(0 if complete else schedule[m].size):
+                requests.append(problems[i].prompt_ids + prefix)
+                limits.append(max(0, max_response - len(prefix)))
+                slots.append((drawn[i, m, guided], slot, prefix))
+        completions = generate(requests, limits) if requests else []
+        for (branch, slot, prefix), completion in zip(slots, completions, strict=True):
+            branch[slot] = (prefix, completion)
+
+    if speculate:
+        draw((i, m, guided) for m, group in enumerate(schedule) for i in range(len(problems))
+             for guided in possible_branches(m, group, solutions[i][m]))
+    groups: list[list[Rollout]] = [[] for _ in problems]
+    for m, group in enumerate(schedule):
+        chosen = [(i, m, solutions[i][m] is not None
+                   and is_guided([r.reward for r in groups[i]], group))
+                  for i in range(len(problems))]
+        if not speculate:
+            draw(chosen)
+        for i, m, guided in chosen:
+            for prefix, completion in drawn[i, m, guided]:
+                reward = score(problems[i], prefix + completion)
+                groups[i].append(
+                    Rollout(problems[i].prompt_ids, prefix, completion, reward, m))
+    return groups
+
+
+def possible_branches(m: int, group: MicroGroup, solution: Tokens | None) -> list[bool]:
+    """Which of guided / not guided micro-group m may turn out to be, before any reward is known."""
+    if solution is None:
+        return [False]
+    if m == 0:  # no rollout precedes it: its decision is known
+        return [is_guided([], group)]
+    return [guided for guided, possible in ((False, group.threshold < math.inf),
+                                            (True, group.threshold > -math.inf)) if possible]
+
+
+# ================================================================================================
+# Part 3. The policy: loading it, sampling from it, and the log-probs that training needs.
+# ================================================================================================
+def load_policy(name: str) -> tuple[torch.nn.Module, object]:
+    """A causal LM with fp32 master weights on the CPU, and its tokenizer (by transformers).
+
+    Args: name: a local folder, a Hub id, or a bare Qwen name ("Qwen2.5-0.5B-Instruct").
+    Raises: InputError if it cannot be had, or if its head is not a plain matrix product.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    local = os.path.isdir(name)
+    path = name if local or "/" in name else f"Qwen/{name}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
+        policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        tried = "that folder" if local else f"the folder ./{name} and the Hub id {path}"
+        raise InputError(f"cannot load model '{name}' (tried {tried}: {brief(error)}); "
+                         "give a local folder: --model path/to/model") from error
+    ends = set(end_ids(policy)) | {tokenizer.eos_token_id}
+    policy.generation_config.eos_token_id = sorted(ends - {None})
+    check_head(policy)
+    return policy, tokenizer
+
+
+def brief(error: Exception) -> str:
+    """The beginning of an error's message, as one line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+@torch.no_grad()
+def check_head(policy: torch.nn.Module) -> None:
+    """InputError unless token_logprobs agrees with the model's own logits.
+
+    It applies the output matrix itself; a model that caps or scales its logits afterwards would be
+    trained on wrong probabilities without a word.
+    """
+    ids = torch.arange(1, 17, device=policy.device) % policy.get_input_embeddings().num_embeddings
+    expected = policy(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    (ours,), _ = token_logprobs(policy, [ids.tolist()], [1])
+    if not torch.allclose(ours, expected.gather(1, ids[1:, None])[:, 0], atol=1e-3, rtol=1e-3):
+        raise InputError(f"{type(policy).__name__} does more to its logits than a matrix product "
+                         "(soft-capping or scaling?): use a model without, such as Qwen2.5")
+
+
+def end_ids(policy: torch.nn.Module) -> Tokens:
+    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>)."""
+    ends = policy.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+@torch.no_grad()
+def sample(policy: torch.nn.Module, requests: list[Tokens], limits: list[int],
+           temperature: float = 1.0, static: bool = False, kv_tokens: int = 1 << 19,
+           ) -> tuple[list[Tokens], list[list[float]]]:
+    """Draw one completion per request from the exact policy.
+
+    Not model.generate, which takes top-k, top-p and a repetition penalty from the model's
+    generation_config: samples from another distribution make the policy gradient biased.
+
+    Args: requests: token ids, ragged, none empty.   limits: new tokens allowed for each.
+        temperature: divides the logits; 0 is greedy.
+        static: decode on fixed buffers, on CUDA by replaying a graph (see decode).
+        kv_tokens: split the requests so that a batch's cache holds at most so many tokens.
+    Returns: completions (EOS included when reached) and the log-probs of what was drawn, under
+        softmax(logits / temperature), or softmax(logits) if greedy.
+    """
+    was_training = policy.training
+    policy.eval()  # in train mode gradient checkpointing would drop the cache
+    completions: list[Tokens] = [[] for _ in requests]
+    logprobs: list[list[float]] = [[] for _ in requests]
+    # Every request has its own random numbers, so what it draws depends neither on the requests
+    # beside it, nor on how they are split, nor on when finished rows leave the batch.
+    noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
+    live = [i for i, limit in enumerate(limits) if limit > 0]
+    for batch in micro_batches([len(requests[i]) + limits[i] for i in live], kv_tokens):
+        batch = [live[b] for b in batch]
+        drawn = decode(policy, [requests[i] for i in batch], [limits[i] for i in batch],
+                       noise[batch], temperature, static)
+        for i, tokens, scores in zip(batch, *drawn):
+            completions[i], logprobs[i] = tokens, scores
+    policy.train(was_training)
+    return completions, logprobs
+
+
+def decode(policy: torch.nn.Module, requests: list[Tokens], limits: list[int], noise: torch.Tensor,
+           temperature: float, static: bool) -> tuple[list[Tokens], list[list[float]]]:
+    """One batch of `sample`: prefill each distinct request once, then a token a step.
+
+    A decode step of a small model on a GPU is bound by the launches of its kernels, so with
+    `static` it runs on buffers of fixed size and is replayed as one CUDA graph. Otherwise finished
+    rows leave the batch, once they make up a quarter of it (a cut copies the whole cache).
+    """
+    from transformers import DynamicCache
+    device, ends = policy.device, torch.tensor(end_ids(policy), device=policy.device)
+    distinct = {tuple(request): None for request in requests}
+    place = {request: row for row, request in enumerate(distinct)}
+    copies = torch.tensor([place[tuple(request)] for request in requests], device=device)
+    width, steps = max(map(len, distinct)), max(limits)  # left padding: all completions start level
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in distinct], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in distinct], device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.config)
+    logits = policy(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
+                    past_key_values=cache, logits_to_keep=1).logits[copies, -1]
+    cache.batch_select_indices(copies)
+    mask = torch.cat([mask[copies], mask.new_zeros(len(copies), steps)], dim=1).bool()
+    position = position[copies, -1:]
+    token, noise = torch.zeros_like(position), noise.to(device)
+    tokens, logprobs = torch.zeros(2, len(copies), steps, dtype=torch.float64, device=device)
+    lengths, room = torch.tensor([[0] * len(limits), limits], device=device)
+    rows, alive = torch.arange(len(copies), device=device), room > 0
+    if static:
+        replay = graphed_step(policy, cache, token, position, mask)
+    for t in range(steps):
+        choice, logprobs[rows, t] = draw_tokens(logits, noise[rows, t], temperature)
+        tokens[rows, t] = choice.double()
+        lengths[rows[alive]] = t + 1
+        alive = alive & ~torch.isin(choice, ends) & (t + 1 < room[rows])
+        kept = int(alive.sum())
+        if kept == 0:
+            break
+        mask[:, width + t] = True
+        position += 1
+        token[:, 0] = choice
+        if static:
+            logits = replay()
+            continue
+        if kept <= 0.75 * len(rows):
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+            rows, token, mask, position = (x[alive] for x in (rows, token, mask, position))
+            alive = alive[alive]
+        logits = policy(input_ids=token, attention_mask=mask[:, :width + t + 1], use_cache=True,
+                        position_ids=position, past_key_values=cache).logits[:, -1]
+    lengths = lengths.tolist()
+    return ([row[:n] for row, n in zip(tokens.long().tolist(), lengths)],
+            [row[:n] for row, n in zip(logprobs.tolist(), lengths)])
+
+
+def graphed_step(policy: torch.nn.Module, cache, token: torch.Tensor, position: torch.Tensor,
+                 mask: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A decode step on fixed buffers, which the caller fills: () -> [B, V] logits.
+
+    On CUDA it is recorded once and replayed, one launch in place of some 80 a layer. The cache's
+    contents move into one whose tensors never move or grow.
+    """
+    from transformers import StaticCache
+    fixed = StaticCache(config=policy.config, max_cache_len=mask.shape[1])
+    for i, layer in enumerate(cache.layers):
+        fixed.update(layer.keys, layer.values, i)
+
+    def step() -> torch.Tensor:
+        return policy(input_ids=token, attention_mask=mask[:, None, None], position_ids=position,
+                      past_key_values=fixed, use_cache=True).logits[:, -1]
+
+    if not token.is_cuda:
+        return step
+    filled = fixed.layers[0].cumulative_length.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a warm-up run, which capture demands, and which writes to
+        step()                       # one place behind the prompt: taken back below
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    for layer in fixed.layers:
+        layer.cumulative_length.copy_(filled)
+    return lambda: (graph.replay(), logits)[1]
+
+
+def draw_tokens(logits: torch.Tensor, noise: torch.Tensor,
+                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
+
+    Inverts the cumulative distribution, in float64: float32 would round away the tail of a
+    vocabulary of 150 000. Temperature 0 takes the most likely token.
+    """
+    logprobs = scaled_logprobs(logits, temperature or 1.0)
+    if temperature:
+        cumulative = logprobs.double().exp().cumsum(-1)
+        target = noise[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        token = token.clamp(max=logits.shape[1] - 1)
+    else:
+        token = logprobs.argmax(-1)
+    return token, logprobs.gather(1, token[:, None])[:, 0].double()
+
+
+def scaled_logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of softmax(logits / temperature), in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits / temperature).log_softmax(-1)
+
+
+HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
+
+
+def token_logprobs(policy: torch.nn.Module, sequences: list[Tokens], starts: list[int],
+                   temperature: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
+
+    Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
+    vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
+    matter, and the head is applied in chunks, which the backward pass computes again.
+
+    Args: sequences: token ids, ragged; padded on the right and not masked, which is exact (causal
+            attention never looks right) and keeps the fast attention kernel.
+        starts: index of the first token to score in each, >= 1 (the first token has no context).
+        temperature: log-probs are those of softmax(logits / temperature), what was sampled from.
+    Returns: two lists of tensors in nats, one of [len(sequence) - start] per sequence.
+    """
+    width, device = max(map(len, sequences)), policy.device
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
+    hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    spots = torch.tensor([row * width + t for row, (s, start) in enumerate(zip(sequences, starts))
+                          for t in range(start, len(s))], dtype=torch.long, device=device)
+    targets = ids.flatten()[spots].split(HEAD_CHUNK)
+    hidden = hidden.flatten(0, 1)[spots - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
+    scored = [checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
+                         use_reentrant=False, preserve_rng_state=False)
+              for h, y in zip(hidden, targets)]
+    lengths = [len(s) - start for s, start in zip(sequences, starts)]
+    logprobs, entropies = (torch.cat(parts).split(lengths) for parts in zip(*scored))
+    return list(logprobs), list(entropies)
+
+
+def score_chunk(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor,
+                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, H] hidden states and [N] targets -> [N] log-probs and [N] entropies (no gradient)."""
+    logprobs = scaled_logprobs(head(hidden), temperature)
+    with torch.no_grad():
+        entropies = torch.special.entr(logprobs.exp()).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropies
+
+
+# ================================================================================================
+# Part 4. The update. The loss of a batch of rollouts is
+#
+#     ( sum over completion tokens of the policy-gradient loss
+#     + sum over prefix tokens of the prefix loss )  /  (number of rollouts * max response tokens)
+#
+# The divisor is a constant (Dr. GRPO): dividing by each response's own length would go easy on long
+# wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
+# their order, nor leaving out rollouts that add exactly nothing can change it.
+# ================================================================================================
+def is_inert(rollout: Rollout, advantage: float, prefix_loss: str) -> bool:
+    """Is this rollout's gradient exactly zero? No advantage, and no supervised loss on a prefix."""
+    return advantage == 0 and not (rollout.prefix and prefix_loss in ("trsft", "sft"))
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices cut into micro-batches of at most `budget` padded tokens (or one sequence).
+
+    Sorted by length, longest first: neighbours need little padding, and if memory does not
+    suffice, the first micro-batch says so.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def accumulate_gradients(policy: torch.nn.Module, rollouts: list[Rollout], advantages: list[float],
+                         args: argparse.Namespace, old: dict[int, torch.Tensor],
+                         drawn: dict[tuple, list[float]]) -> dict[str, list[float]]:
+    """Add the gradient of the batch's loss to the parameters' .grad.
+
+    Args: old: rollout index -> its log-probs when it was drawn; the first pass fills it.
+        drawn: (request, completion) -> log-probs that the sampler saw, to compare with ours.
+    Returns: name -> [sum, count] over tokens, for the metrics.
+    """
+    active = [i for i, (r, a) in enumerate(zip(rollouts, advantages))
+              if not is_inert(r, a, args.prefix_loss)]
+    requests = [r.prompt + r.prefix for r in rollouts]
+    sequences = [request + r.completion for request, r in zip(requests, rollouts)]
+    batches = micro_batches([len(sequences[i]) for i in active], args.micro_tokens)
+    score = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
+    totals = torch.zeros(7, 2, dtype=torch.float64, device=policy.device)
+    # Every pass of a sharded model is a collective operation: all ranks need equally many.
+    for b in range(int(all_reduce([len(batches)], "max")[0])):
+        if b >= len(batches):
+            (score([[0, 0]], [1])[0][0].sum() * 0).backward()
+            continue
+        chosen = [active[i] for i in batches[b]]
+        with torch.autocast("cuda", torch.bfloat16, enabled=policy.device.type == "cuda"):
+            logprobs, entropies = score([sequences[i] for i in chosen],
+                                        [len(rollouts[i].prompt) for i in chosen], args.temperature)
+        for i, new in zip(chosen, logprobs):
+            old.setdefault(i, new.detach())
+        advantage, is_prefix = (torch.cat(parts).to(policy.device) for parts in zip(*(
+            (torch.full((len(new),), advantages[i]), torch.arange(len(new)) < len(rollouts[i].prefix))
+            for i, new in zip(chosen, logprobs))))
+        logprobs, before = torch.cat(logprobs), torch.cat([old[i] for i in chosen])
+        losses = torch.where(
+            is_prefix, prefix_token_loss(args.prefix_loss, logprobs, advantage, args.alpha),
+            policy_gradient_loss(logprobs, before, advantage,
+                                 args.clip if args.updates > 1 else None))
+        # FSDP averages the gradients of the ranks, hence no division by their number here.
+        loss = losses.sum() / (len(rollouts) * args.max_response)
+        loss.backward()
+        with torch.no_grad():
+            p = logprobs[is_prefix].double().exp()
+            seen = torch.tensor([x for i in chosen for x in drawn.get(
+                (tuple(requests[i]), tuple(rollouts[i].completion)), ())], device=policy.device)
+            gap = (logprobs[~is_prefix] - seen).abs() if len(seen) else seen
+            for k, values in enumerate((losses, torch.cat(entropies)[~is_prefix], gap, p,
+                                        p < args.alpha, 1 / p.clamp(min=args.alpha), 1 / p)):
+                totals[k, 0] += values.sum()
+                totals[k, 1] += values.numel()
+    names = ("loss_per_token", "entropy", "logprob_gap", "prefix_p", "prefix_outside_share",
+             "prefix_weight", "prefix_inverse_p")
+    return dict(zip(names, totals.tolist()))
+
+
+# ================================================================================================
+# Part 5. Data and reward. A row becomes a Problem: the prompt, the expert's solutions, the answer.
+# ================================================================================================
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "openr1": ("Elliott/Openr1-Math-46k-8192", None)}
+
+
+@dataclass
+class Task:
+    """All that the training loop knows of the data."""
+    train: list[Problem]
+    heldout: dict[str, list[Problem]]  # name of a held-out set -> its problems, the main one first
+    score: Callable[[Problem, Tokens], float]
+    in_order: bool = False             # a curriculum: not to be shuffled
+    breaks: frozenset[int] = frozenset()
+
+
+@functools.lru_cache(maxsize=4096)
+def grade(response: str, answer: str) -> tuple[float, str]:
+    """Math-Verify's verdict: (1.0 or 0.0, why the response could not be read, or "")."""
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException  # not an Exception, so it is named below
+    # Its time limit in seconds is a signal, which only the main thread can receive.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    try:
+        found = parse(response, parsing_timeout=limit)
+        gold = parse("$" + answer + "$", parsing_timeout=limit)
+        return float(verify(gold, found, timeout_seconds=limit)), "" if found else "no answer found"
+    except (Exception, TimeoutException) as error:  # no response may stop the training
+        return 0.0, brief(error)
+
+
+def math_reward(response: str, answer: str) -> float:
+    """1.0 if the response's final answer equals `answer`, LaTeX or plain, else 0.0; never raises."""
+    return grade(response, answer)[0]
+
+
+def read_row(row: dict) -> tuple[str, list[str], str]:
+    """(problem, solutions, answer) of a row in any of the three formats (paper.md, section 8).
+
+    OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer. Plain: problem,
+    answer and perhaps solution, a string or a list. KeyError if it is none of them.
+    """
+    if "reward_model" in row:
+        problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
+        texts = [m["content"] for m in row.get("target") or []]
+        solutions = [re.sub(r"</?think>\n?", "", text) for text in texts]
+        return problem, solutions, str(row["reward_model"]["ground_truth"])
+    if "question" in row:  # calculator marks <<48/2=24>>, then a last line "#### 72"
+        solution, _, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
+        answer = answer.strip().replace(",", "")
+        return row["question"], [f"{solution.strip()}\n\\boxed{{{answer}}}"], answer
+    solution = row.get("solution")
+    solutions = [solution] if isinstance(solution, str) else list(solution or [])
+    return row["problem"], solutions, "" if row["answer"] is None else str(row["answer"])
+
+
+def load_rows(dataset: str, split: str = "train") -> Iterable[dict]:
+    """Rows of `gsm8k`, `openr1`, or a .jsonl / .json / .parquet file; InputError if not to be had."""
+    from datasets import load_dataset
+    try:
+        if dataset in HUB:
+            return load_dataset(*HUB[dataset], split=split)
+        return load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
+    except Exception as error:  # the Hub, the network and the parsers all raise their own
+        source = f"Hub data set {HUB[dataset][0]}" if dataset in HUB else f"file {dataset}"
+        raise InputError(f"cannot read the {source} ({brief(error)}); a local file works too: "
+                         "--dataset path/to/rows.jsonl") from error
+
+
+def make_problems(rows: Iterable[dict], tokenizer, args: argparse.Namespace) -> list[Problem]:
+    """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
+
+    A row without a solution stays, and is never guided. Lengths are limited by args.max_prompt and
+    args.max_response, in tokens.
+    """
+    def encode(text: str) -> Tokens:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    problems, dropped = [], []
+    for row in rows:
+        try:
+            problem, texts, answer = read_row(row)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise InputError(f"cannot read a row with columns {', '.join(row)}: expected problem, "
+                             "answer (and solution), or GSM8K's or OpenR1's columns") from error
+        prompt = f"{problem}\n{INSTRUCTION}"
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+        ) if tokenizer.chat_template else prompt + "\n\n"
+        prompt_ids = encode(prompt)
+        solutions = [encode(t.strip()) + [tokenizer.eos_token_id] for t in texts if t and t.strip()]
+        short = [s for s in solutions if len(s) <= args.max_response]
+        why = ("no problem or answer" if not (problem or "").strip() or not answer.strip() else
+               "empty solution" if texts and not solutions else
+               "prompt too long" if len(prompt_ids) > args.max_prompt else
+               "solution too long" if texts and not short else "")
+        dropped += [why] if why else []
+        problems += [] if why else [Problem(prompt_ids, short, answer)]
+    counts = ", ".join(f"{dropped.count(why)} {why}" for why in dict.fromkeys(dropped))
+    if RANK == 0:
+        print(f"{args.dataset}: {len(problems)} problems; dropped: {counts or 'none'}")
+    if not problems:
+        raise InputError(f"{args.dataset} has no usable row ({counts or 'it is empty'}); see "
+                         "--max-prompt and --max-response, and the README on formats")
+    return problems
+
+
+def math_task(tokenizer, args: argparse.Namespace) -> Task:
+    """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
+    train = make_problems(load_rows(args.dataset), tokenizer, args)
+    if args.dataset == "gsm8k":
+        heldout = make_problems(load_rows("gsm8k", "test"), tokenizer, args)[:args.eval_size]
+    else:
+        cut = len(train) - min(args.eval_size, len(train) // 10)
+        train, heldout = train[:cut], train[cut:]
+
+    def score(problem: Problem, response: Tokens) -> float:
+        return math_reward(tokenizer.decode(response, skip_special_tokens=True), problem.answer)
+
+    breaks = frozenset(i for word, i in tokenizer.get_vocab().items()
+                       if args.snap_prefix and "\n\n" in tokenizer.convert_tokens_to_string([word]))
+    return Task(train, {"held out": heldout} if heldout else {}, score, breaks=breaks)
+
+
+# ================================================================================================
+# Part 6. The embedded experiment: clock chains, a world small enough for a CPU.
+#
+# A 24-hour clock shows h; k times some hours (1-9) are added or taken away, each step on a line
+# named by a letter. A tiny Qwen2 is "pretrained" from scratch on a textbook (prompts that end in
+# ":" and worked lines) and a quiz (prompts that end in "?" and mostly blurted answers): it knows how
+# to work, but does not when asked. The expert works, but rambles, takes wrong turns and corrects
+# them, as R1's traces do. Chance is 4 %.
+#
+#     prompt   j 8 k -9 l +8 m +1 ?          direct   # 8 <eos>
+#     worked   k -9 23 l +8 7 m +1 8 # 8 <eos>
+#     expert   k -9 23 let's l +8 14 oops l +8 7 m +1 8 # 8 <eos>
+# ================================================================================================
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+FILLERS = "let's hmm so now then well okay next wait right and first see think slowly indeed".split()
+CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, range(24)),
+               *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
+
+
+def clock_model(seed: int) -> tuple[torch.nn.Module, object]:
+    """An untrained Qwen2 of 0.14 M parameters, and its word-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLOCK_WORDS)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = decoders.WordPiece(cleanup=False)  # spaces between words
+    torch.manual_seed(seed)
+    policy = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(CLOCK_WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        initializer_range=0.1, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
+    return policy, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>",
+                                           eos_token="<eos>")
+
+
+def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool = True,
+                  filler: float = 0.0, slip: float = 0.0) -> Problem:
+    """One chain of k steps and its solution, as shown above.
+
+    Args: mark: ":" or "?".   filler, slip: probability of an aside / a wrong line before a line.
+    """
+    hour, letter = rng.randrange(24), rng.randrange(16)
+    prompt, lines = [LETTERS[letter], str(hour)], []
+    for name in LETTERS[letter + 1:letter + 1 + k]:
+        change = rng.choice((-1, 1)) * rng.randint(1, 9)
+        hour = (hour + change) % 24
+        prompt += [name, f"{change:+d}"]
+        if rng.random() < filler:
+            lines.append(rng.choice(FILLERS))
+        if rng.random() < slip:
+            lines += [name, f"{change:+d}", str((hour + rng.randint(1, 23)) % 24), "oops"]
+        lines += [name, f"{change:+d}", str(hour)]
+    solution = [*(lines if worked else []), "#", str(hour), "<eos>"]
+    ids = tokenizer.convert_tokens_to_ids
+    return Problem(ids([*prompt, mark]), [ids(solution)], str(hour))
+
+
+def clock_task(tokenizer, args: argparse.Namespace) -> Task:
+    """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
+
+    `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft. First the
+    textbook alone, then the quiz mixed in. Reward 1 for `# answer <eos>` and exactly one `#`.
+    """
+    def score(problem: Problem, response: Tokens) -> float:
+        ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
+        return float(response[-3:] == ending and response.count(ending[0]) == 1)
+
+    def problems(name: str, size: int, shortest: int, longest: int, mark: str) -> list[Problem]:
+        rng = random.Random(f"{name} {args.seed}")
+        return [clock_problem(tokenizer, rng, rng.randint(shortest, longest), mark, filler=0.3,
+                              slip=0.1) for _ in range(size)]
+
+    if args.dataset == "clock-corpus":
+        rng, total = random.Random(f"corpus {args.seed}"), args.steps * args.prompts
+        return Task([corpus_problem(tokenizer, rng, i / total) for i in range(total)], {}, score,
+                    in_order=True)
+    sets = {"in range (k 5-9)": (5, 9, "?"), "longer (k 10)": (10, 10, "?"),
+            "textbook (k 2-4)": (2, 4, ":"), "direct (k 1)": (1, 1, "?")}
+    return Task(problems("train", 512, 5, 9, "?"),
+                {name: problems(name, args.eval_size, *kind) for name, kind in sets.items()}, score)
+
+
+def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
+    """A line of the pretraining corpus, `progress` of the way through it."""
+    if progress < 0.5 or rng.random() < 0.6:
+        (k,) = rng.choices(range(1, 11), [0.6 ** k for k in range(1, 11)])
+        return clock_problem(tokenizer, rng, k, ":", filler=0.04, slip=0.01)
+    k = 1 if rng.random() < 0.5 else rng.randint(2, 10)
+    return clock_problem(tokenizer, rng, k, "?", worked=rng.random() < 0.1)
+
+
+# ================================================================================================
+# Part 7. Processes and checkpoints.
+#
+# Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
+# keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
+# Everything random comes from generators seeded with (seed, step), and so does the order of the
+# data: weights, optimizer state and the step number are a run's whole state, and a run that was
+# killed and resumed equals one that was not, bit for bit.
+# ================================================================================================
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def all_reduce(values: list[float], how: str = "sum") -> list[float]:
+    """The sum (or "max") of each value over the processes."""
+    if WORLD == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    return tensor.tolist()
+
+
+def shard(policy: torch.nn.Module) -> None:
+    """FSDP2 in place: each decoder layer a unit, the rest another. bf16 compute on CUDA."""
+    from torch.distributed import fsdp
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"mp_policy": precision} if policy.device.type == "cuda" else {}
+    for layer in policy.base_model.layers:
+        fsdp.fully_shard(layer, **options)
+    fsdp.fully_shard(policy, **options)
+    policy.token_logprobs = functools.partial(token_logprobs, policy)
+    fsdp.register_fsdp_forward_method(policy, "token_logprobs")
+
+
+def make_sampler(policy: torch.nn.Module, device: str) -> torch.nn.Module:
+    """What rollouts are drawn from: on CUDA a bf16 copy of the policy, on one CPU the policy."""
+    if device == "cpu" and WORLD == 1:
+        return policy
+    sampler = copy.deepcopy(policy)
+    if device == "cuda":  # parameters only: RoPE's buffer of frequencies must stay fp32
+        for p in sampler.parameters():
+            p.data = p.data.to(torch.bfloat16)
+    return sampler.to(device).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(sampler: torch.nn.Module, policy: torch.nn.Module) -> None:
+    """Copy the policy's weights into the sampler, one parameter at a time."""
+    for mine, new in zip(sampler.parameters(), policy.parameters(), strict=True):
+        if mine is not new:
+            mine.copy_(new.full_tensor() if hasattr(new, "full_tensor") else new)
+
+
+def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False) -> None:
+    """Write <out>/checkpoint-<step>, or at the end the model into <out>: whole or not at all.
+
+    Under a temporary name, flushed to the disk, then renamed; the newest two checkpoints are kept.
+    All processes must call it.
+    """
+    if not last and (out / f"checkpoint-{step}").exists():
+        return
+    weights = full_state.get_model_state_dict(policy, options=WHOLE)
+    state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    if RANK:
+        return
+    temporary = out / ".unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save_pretrained(temporary, state_dict=weights)
+    tokenizer.save_pretrained(temporary)
+    if not last:
+        torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
+    for path in [*temporary.iterdir(), temporary]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if last:
+        for path in temporary.iterdir():
+            os.replace(path, out / path.name)
+        temporary.rmdir()
+    else:
+        os.replace(temporary, out / f"checkpoint-{step}")
+        for older in checkpoints(out)[:-2]:
+            shutil.rmtree(older)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    steps = [int(p.name[11:]) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return [out / f"checkpoint-{step}" for step in sorted(steps)]
+
+
+# ================================================================================================
+# Part 8. The training loop.
+# ================================================================================================
+def batch_at(step: int, task: Task, args: argparse.Namespace) -> list[Problem]:
+    """The prompts of a step, the same for any number of processes; every problem once an epoch."""
+    indices = range(step * args.prompts, (step + 1) * args.prompts)
+    places = (divmod(i, len(task.train)) for i in indices)
+    return [task.train[place if task.in_order else shuffled(len(task.train), args.seed, epoch)[place]]
+            for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """An epoch's order of the n problems."""
+    return random.Random(f"order {seed} {epoch}").sample(range(n), n)
+
+
+def train_step(policy, sampler, optimizer, task: Task, args: argparse.Namespace,
+               step: int) -> tuple[dict, list[list[Rollout]]]:
+    """Rollouts, then the update: (metrics over all processes, this process's groups)."""
+    seconds = {"sample": 0.0, "score": 0.0}
+    drawn: dict[tuple, list[float]] = {}
+    torch.manual_seed(random.Random(f"{args.seed} {step} {RANK}").getrandbits(63))
+
+    def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
+        started = time.perf_counter()
+        completions, logprobs = sample(sampler, requests, limits, args.temperature,
+                                       args.cuda_graphs, args.kv_tokens)
+        drawn.update(((tuple(r), tuple(c)), lp) for r, c, lp in zip(requests, completions, logprobs))
+        seconds["sample"] += time.perf_counter() - started
+        return completions
+
+    def score(problem: Problem, response: Tokens) -> float:
+        started = time.perf_counter()
+        reward = task.score(problem, response)
+        seconds["score"] += time.perf_counter() - started
+        return reward
+
+    # ---- Rollout phase ----
+    groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate, score,
+                           random.Random(f"solutions {args.seed} {step} {RANK}"), args.speculate,
+                           args.max_response, task.breaks)
+    rewards = torch.tensor([[r.reward for r in group] for group in groups])
+    advantages = group_advantages(rewards).flatten().tolist()
+    rollouts = [r for group in groups for r in group]
+
+    # ---- Learning phase ----
+    started, old = time.perf_counter(), {}
+    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr * (1 - step / args.steps if args.decay else 1)
+    for p in policy.parameters():  # not None: Adam's momentum moves on even if all are inert
+        p.grad = torch.zeros_like(p)
+    for update in range(args.updates):
+        optimizer.zero_grad(set_to_none=False)
+        statistics = accumulate_gradients(policy, rollouts, advantages, args, old, drawn)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            break
+        optimizer.step()
+        refresh(sampler, policy)
+    seconds["update"] = time.perf_counter() - started
+    inert = [is_inert(r, a, args.prefix_loss) for r, a in zip(rollouts, advantages)]
+    statistics |= rollout_statistics(rollouts, args.schedule, end_ids(policy)) | {
+        "tokens_generated": [sum(len(completion) for _, completion in drawn), RANK == 0],
+        "tokens_trained": [sum(len(r.prefix + r.completion) for r, skip in zip(rollouts, inert)
+                               if not skip), RANK == 0],
+        "rollouts_skipped": [sum(inert), RANK == 0]}
+    flat = all_reduce([float(x) for pair in statistics.values() for x in pair])
+    metrics = {name: total / count if count else None
+               for name, total, count in zip(statistics, flat[::2], flat[1::2])}
+    peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
+    metrics |= {"grad_norm": norm if math.isfinite(norm) else None, "peak_memory_gib": peak}
+    return metrics | {f"seconds_{name}": s for name, s in seconds.items()}, groups
+
+
+def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
+                       ends: Tokens) -> dict[str, list[float]]:
+    """name -> [sum, count], so that the mean over all processes is a sum of sums."""
+    def tally(values: Iterable[float]) -> list[float]:
+        values = list(values)
+        return [sum(values), len(values)]
+
+    generated = [r for r in rollouts if r.completion]
+    return {
+        "reward_unguided": tally(r.reward for r in rollouts if not r.prefix),
+        "reward_guided": tally(r.reward for r in rollouts if r.prefix),
+        "guided": tally(bool(r.prefix) for r in rollouts),
+        **{f"guided_{m + 1}": tally(bool(r.prefix) for r in rollouts if r.micro_group == m)
+           for m in range(len(schedule))},
+        "response_length": tally(len(r.prefix + r.completion) for r in rollouts),
+        "completion_length": tally(len(r.completion) for r in generated),
+        "truncated": tally(r.completion[-1] not in ends for r in generated)}
+
+
+def evaluate(sampler, task: Task, args: argparse.Namespace, whole: bool) -> dict[str, float]:
+    """Accuracy of one response a held-out problem, sampled as in training, and greedy.
+
+    Unless `whole`, only the first held-out set, sampled: a cheap point of the learning curve.
+    """
+    found = {}
+    for name, problems in list(task.heldout.items())[:None if whole else 1]:
+        for temperature in (args.temperature, 0.0) if whole else (args.temperature,):
+            torch.manual_seed(args.seed)
+            mine = problems[RANK::WORLD]
+            completions, _ = sample(sampler, [p.prompt_ids for p in mine],
+                                    [args.max_response] * len(mine), temperature,
+                                    args.cuda_graphs, args.kv_tokens)
+            right = sum(map(task.score, mine, completions))
+            right, count = all_reduce([right, len(mine)])
+            found[name if temperature else f"{name}, greedy"] = right / count
+    return found
+
+
+def show_group(group: list[Rollout], tokenizer) -> None:
+    """Print one rollout of each micro-group: the expert's prefix set apart, and the reward."""
+    left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "] ")
+    lines = ["prompt: " + tokenizer.decode(group[0].prompt)]
+    for r in {r.micro_group: r for r in reversed(group)}.values():
+        prefix = left + tokenizer.decode(r.prefix) + right if r.prefix else ""
+        lines.append(f"  micro-group {r.micro_group + 1}, reward {r.reward:.0f}: {prefix}"
+                     + tokenizer.decode(r.completion))
+    tqdm.write("\n".join([lines[0], *reversed(lines[1:])]))
+
+
+def train(args: argparse.Namespace) -> None:
+    """The whole run: load or resume, then roll out, update, measure and save, step by step."""
+    out, interrupted = Path(args.out), []
+    saved = checkpoints(out)[-1:] if args.resume else []
+    if args.dataset == "clock-corpus" and not saved:
+        policy, tokenizer = clock_model(args.seed)
+    else:
+        policy, tokenizer = load_policy(str(saved[0]) if saved else args.model)
+    make_task = clock_task if args.dataset.startswith("clock") else math_task
+    task = make_task(tokenizer, args)
+    sampler = make_sampler(policy, args.device)
+    policy.to(args.device).train()
+    if args.recompute:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if WORLD > 1:
+        shard(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas),
+                                  weight_decay=args.weight_decay)
+    start, bad = 0, 0
+    if saved:
+        state = torch.load(saved[0] / "trainer.pt", map_location="cpu", weights_only=True)
+        full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+        start = state["step"]
+    write = open_log(out, start, policy, args)
+    if start == 0 and task.heldout:
+        write({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(
+        signal.SIGINT, signal.default_int_handler))  # a second Ctrl-C stops at once
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=RANK > 0)
+    for step in bar:
+        began, last = time.perf_counter(), step + 1 == args.steps
+        metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
+        bad = bad + 1 if metrics["grad_norm"] is None else 0
+        if bad:
+            tqdm.write(f"step {step + 1}: loss or gradient not finite, update skipped")
+        if task.heldout and (last or (step + 1) % args.eval_every == 0):
+            metrics["eval"] = evaluate(sampler, task, args, whole=last)
+            if RANK == 0 and groups:
+                show_group(groups[0], tokenizer)
+        metrics["seconds"] = time.perf_counter() - began
+        write({"step": step + 1, "skipped_updates": bad, **metrics})
+        bar.set_postfix({short: f"{metrics[name]:.3g}" for short, name in (
+            ("reward", "reward_unguided"), ("guided", "guided"), ("length", "response_length"),
+            ("s", "seconds")) if metrics[name] is not None})
+        stop = all_reduce([bool(interrupted)], "max")[0] or bad == 3
+        if stop or last or (step + 1) % args.save_every == 0:
+            save(policy, tokenizer, optimizer, step + 1, out)
+        if stop:
+            bar.close()
+            print(f"stopped after step {step + 1}" + (": three updates in a row not finite; try a "
+                  "lower --lr" if bad == 3 else f"; go on with: python trapo.py --resume --out {out}"))
+            raise SystemExit(1 if bad == 3 else 130)
+    save(policy, tokenizer, optimizer, args.steps, out, last=True)
+    if RANK == 0:
+        print_table(out)
+
+
+def open_log(out: Path, start: int, policy, args: argparse.Namespace) -> Callable[[dict], None]:
+    """A function that appends a line to metrics.jsonl, which is cut back to the step resumed from.
+
+    Beside it stands config.json, which is also the model's: the run's settings are its key "trapo".
+    """
+    policy.config.trapo = {k: v for k, v in vars(args).items()
+                           if k not in ("schedule", "resume", "overwrite")}
+    policy.config.trapo["thresholds"] = [str(t) for t in args.thresholds]  # JSON knows no inf
+    if RANK:
+        return lambda metrics: None
+    out.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        for old in checkpoints(out):
+            shutil.rmtree(old)
+    path, temporary = out / "metrics.jsonl", out / ".metrics"
+    lines = path.read_text().splitlines() if path.exists() and start else []
+    temporary.write_text("".join(x + "\n" for x in lines[:start + 1]
+                                 if x.endswith("}") and json.loads(x)["step"] <= start))
+    os.replace(temporary, path)
+    policy.config.save_pretrained(out)
+    file, run = path.open("a", buffering=1), None
+    if args.wandb:
+        import wandb
+        run = wandb.init(project="trapo", name=out.name, config=policy.config.trapo)
+
+    def write(metrics: dict) -> None:
+        file.write(json.dumps(metrics) + "\n")
+        if run:
+            run.log(metrics, step=metrics["step"])
+    return write
+
+
+def print_table(out: Path) -> None:
+    """Held-out accuracy before and after training, from metrics.jsonl."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    before, after = lines[0].get("eval"), lines[-1].get("eval")
+    if before and after:
+        print(f"{'held-out accuracy':34}  before   after")
+        for name in after:
+            print(f"{name:34}  {before[name]:6.3f}  {after[name]:6.3f}")
+    print(f"model and metrics are in {out}")
+
+
+# ================================================================================================
+# Part 9. The command line. A method is four settings; each row of Table 2 and each baseline is one
+# line here and takes the same path through the code above.
+# ================================================================================================
+INF = math.inf
+PAPER = {"sizes": [4, 2, 1, 1], "ratios": [0, 0.2, 0.5, 1], "thresholds": [-1, 0.5, 0.7, 0.9]}
+METHODS = {
+    "trapo": PAPER | {"prefix_loss": "trsft"},
+    "micro": PAPER | {"prefix_loss": "none"},
+    "naive": PAPER | {"prefix_loss": "sft"},
+    "micro-luffy": PAPER | {"prefix_loss": "luffy"},
+    "fixed-prefix": PAPER | {"thresholds": [-1, INF, INF, INF], "prefix_loss": "trsft"},
+    "grpo": {"sizes": [8], "ratios": [0], "thresholds": [-1], "prefix_loss": "none"},
+    "luffy": {"sizes": [7, 1], "ratios": [0, 1], "thresholds": [-1, INF], "prefix_loss": "luffy"},
+    "sft": {"sizes": [1], "ratios": [1], "thresholds": [INF], "prefix_loss": "sft"},
+}
+MATH = {"dataset": "gsm8k", "lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32,
+        "max_prompt": 1024, "max_response": 1024, "micro_tokens": 8192, "betas": [0.9, 0.95],
+        "weight_decay": 0.0, "eval_every": 20, "eval_size": 200, "save_every": 50}
+CLOCK = MATH | {"dataset": "clock", "lr": 1e-3, "steps": 150, "prompts": 16, "max_prompt": 32,
+                "max_response": 56, "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
+CORPUS = CLOCK | {"method": "sft", "dataset": "clock-corpus", "lr": 5e-3, "steps": 900,
+                  "warmup": 20, "decay": True, "prompts": 64, "betas": [0.9, 0.99],
+                  "weight_decay": 0.01, "save_every": 450}
+
+
+MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "micro_tokens", "kv_tokens",
+              "speculate", "cuda_graphs", "recompute", "wandb", "out")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is an InputError: one line."""
+    def error(self, message: str) -> None:
+        raise InputError(message + " (see python trapo.py --help)")
+
+
+def make_parser() -> Parser:
+    """Every flag in one line, with its unit."""
+    parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="trapo", help="preset of the next four settings")
+    add("--sizes", type=int, nargs="+", help="rollouts in each micro-group")
+    add("--ratios", type=float, nargs="+", help="share of the expert solution given, 0 to 1")
+    add("--thresholds", type=float, nargs="+", help="guided if the mean return is below; -1 never")
+    add("--prefix-loss", choices=("trsft", "sft", "luffy", "none"), help="loss on expert tokens")
+    add("--alpha", type=float, default=0.1, help="edge of the trust region, a probability")
+    add("--snap-prefix", action="store_true", help="cut prefixes at a paragraph break")
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", help="local folder, Hub id or bare Qwen name")
+    add("--dataset", help="gsm8k, openr1, clock, or a .jsonl / .json / .parquet file")
+    add("--max-prompt", type=int, help="longest prompt, tokens")
+    add("--max-response", type=int, help="longest response, prefix and completion, tokens")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, help="training steps")
+    add("--base-steps", type=int, default=900, help="pretraining steps of the embedded base")
+    add("--prompts", type=int, help="prompts per step, over all processes")
+    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
+    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--decay", action="store_true", help="let the learning rate fall linearly to 0")
+    add("--betas", type=float, nargs=2, help="AdamW's decay rates")
+    add("--weight-decay", type=float, help="AdamW's weight decay")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient clip, L2 norm")
+    add("--updates", type=int, default=1, help="updates per batch of rollouts")
+    add("--clip", type=float, default=0.2, help="PPO's epsilon, used if --updates > 1")
+    add("--temperature", type=float, default=1.0, help="sampling temperature of the rollouts")
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--micro-tokens", type=int, help="padded tokens in a micro-batch of the update")
+    add("--kv-tokens", type=int, default=1 << 19, help="tokens in the sampler's cache")
+    add("--speculate", action=argparse.BooleanOptionalAction,
+        help="draw all micro-groups in one pass; default: on CUDA")
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction,
+        help="decode on a static cache, as a CUDA graph; default: on CUDA")
+    add("--recompute", action="store_true", help="gradient checkpointing of the layers")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder of the run; default: runs/<model>-<method>-<seed>")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--eval-every", type=int, help="steps between evaluations")
+    add("--eval-size", type=int, help="held-out problems")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--wandb", action="store_true", help="log to Weights & Biases as well")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over the defaults of method and data set; with --resume, over the run's own settings."""
+    parser = make_parser()
+    first, _ = parser.parse_known_args(argv)
+    dataset = first.dataset or ("clock" if not first.model else trained_on(first.model))
+    parser.set_defaults(**{"clock": CLOCK, "clock-corpus": CORPUS}.get(dataset, MATH))
+    parser.set_defaults(**METHODS[parser.parse_args(argv).method])
+    config, before = Path(first.out or "") / "config.json", {}
+    if first.resume and config.exists():
+        before = json.loads(config.read_text())["trapo"]
+        before["thresholds"] = [float(t) for t in before["thresholds"]]
+    parser.set_defaults(**before)
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("speculate", "cuda_graphs"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.device == "cuda")
+    name = Path(args.model).name if args.model else args.dataset
+    args.out = args.out or f"runs/{name}-{args.method}-seed{args.seed}"
+    changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k) != before[k]]
+    if changed:
+        raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}: "
+                         "leave the flag out, or start a new run with another --out")
+    check_args(args)
+    args.schedule = [MicroGroup(*x) for x in zip(args.sizes, args.ratios, args.thresholds)]
+    return args
+
+
+def trained_on(model: str) -> str:
+    """The data set of the run that made this folder, if it was one of ours."""
+    config = Path(model) / "config.json"
+    return json.loads(config.read_text()).get("trapo", {}).get("dataset", "") if config.exists() else ""
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """InputError for the first setting that cannot be used, before anything is loaded."""
+    counts = ("steps", "prompts", "max_prompt", "max_response", "micro_tokens", "kv_tokens",
+              "updates", "eval_every", "save_every", "base_steps")
+    used = [f for f in ("metrics.jsonl", "config.json") if (Path(args.out) / f).exists()]
+    local = Path(args.dataset).suffix in KINDS and os.path.isfile(args.dataset)
+    for right, message in (
+            (len(args.sizes) == len(args.ratios) == len(args.thresholds),
+             "--sizes, --ratios and --thresholds need equally many values"),
+            (all(n >= 1 for n in args.sizes), "--sizes must be at least 1"),
+            (all(0 <= r <= 1 for r in args.ratios), "--ratios must lie in [0, 1]"),
+            (not any(map(math.isnan, args.thresholds)), "--thresholds must be numbers"),
+            (0 <= args.alpha <= 1, "--alpha must lie in [0, 1]"),
+            (0 < args.lr < INF, "--lr must be above 0"),
+            (all(0 <= b < 1 for b in args.betas), "--betas must lie in [0, 1)"),
+            (args.weight_decay >= 0, "--weight-decay must not be negative"),
+            (args.max_grad_norm > 0, "--max-grad-norm must be above 0"),
+            (args.clip > 0, "--clip must be above 0"),
+            (0 < args.temperature < INF, "--temperature must be above 0"),
+            (min(args.warmup, args.eval_size) >= 0, "--warmup and --eval-size: at least 0"),
+            *((getattr(args, k) >= 1, f"--{k.replace('_', '-')} must be at least 1") for k in counts),
+            (args.device == "cpu" or torch.cuda.is_available(), "no CUDA here: use --device cpu"),
+            (not (args.wandb and importlib.util.find_spec("wandb") is None),
+             "--wandb needs the package: pip install wandb"),
+            (args.dataset in (*HUB, "clock", "clock-corpus") or local,
+             f"no data set '{args.dataset}': give one of {', '.join(HUB)}, or the path of an "
+             "existing .jsonl, .json or .parquet file"),
+            (args.resume or args.overwrite or not used,
+             f"{args.out} already holds a run: --resume it, --overwrite it, or give another --out")):
+        if not right:
+            raise InputError(message)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train; the embedded experiment pretrains its base first, unless another run has done so."""
+    try:
+        args = parse_args(argv)
+        if WORLD > 1:
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.dataset == "clock" and not args.model:
+            base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
+            args.model = str(base)
+            if not (base / "model.safetensors").exists():
+                train(parse_args(["--dataset", "clock-corpus", "--seed", str(args.seed), "--resume",
+                                  "--steps", str(args.base_steps), "--device", args.device,
+                                  "--out", str(base)]))
+        train(args)
+    except InputError as error:
+        if RANK == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
