@@ -30,48 +30,34 @@ policy's own *completion*. The 8 rollouts of a prompt form its *group*, drawn in
 Read downwards: 1 losses, 2 adaptive guidance, 3 the policy, 4 the update, 5 data and reward,
 6 the embedded experiment, 7 processes and checkpoints, 8 the training loop, 9 the command line.
 """
-import argparse
-import copy
-import functools
-import importlib.util
-import json
-import math
-import os
-import random
-import re
-import resource
-import shutil
-import signal
-import sys
-import threading
-import time
+import argparse, copy, functools, importlib.util, json, math, os, random, re  # noqa: E401
+import resource, shutil, signal, sys, threading, time  # noqa: E401
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as full_state  # whole tensors from shards
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Tokens = list[int]
 
-
 class InputError(ValueError):
     """The user's input cannot be used: main() prints the message as one line and exits with 2."""
 
-
-# ================================================================================================
-# Part 1. The losses. All are per token; the update (Part 4) sums them.
+# ==== Part 1. The losses. All are per token; the update (Part 4) sums them.
 #
 # Let p be the policy's probability of an expert token. SFT minimises -log p, whose gradient
 # -(1/p) grad p explodes as p -> 0: the expert's least likely tokens move the policy most, into
 # regions that neither supports, and its own rollouts degenerate (Section 2.2). TrSFT clips the
 # weight. Its optimum drops the expert's rare tokens and renormalises the main modes
 # (Proposition 1): it is mode-seeking, where SFT is mode-covering.
-# ================================================================================================
-def trsft_loss(logprobs: torch.Tensor, alpha: float) -> torch.Tensor:
+def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """Trust-Region SFT, Eq. 3:  grad L = -1 / max(p, alpha) * grad p.
 
         L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
@@ -90,9 +76,8 @@ def trsft_loss(logprobs: torch.Tensor, alpha: float) -> torch.Tensor:
     p = logprobs.exp()
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
 
-
-def luffy_loss(logprobs: torch.Tensor, advantages: torch.Tensor,
-               gamma: float = 0.1) -> torch.Tensor:
+def luffy_loss(logprobs: Tensor, advantages: Tensor,
+               gamma: float = 0.1) -> Tensor:
     """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), never clipped.
 
     Args: logprobs: nats, any shape. advantages: broadcastable to it. gamma: shaping constant > 0.
@@ -101,9 +86,8 @@ def luffy_loss(logprobs: torch.Tensor, advantages: torch.Tensor,
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
 
-
-def policy_gradient_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
-                         advantages: torch.Tensor, clip: float | None = None) -> torch.Tensor:
+def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor,
+                         advantages: Tensor, clip: float | None = None) -> Tensor:
     """The group-relative policy gradient (Section 2.3):  -ratio * A  with  ratio = p / p_old.
 
     On policy (old = logprobs.detach()) the ratio is 1, and the gradient with respect to log p is
@@ -118,17 +102,15 @@ def policy_gradient_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
         return -ratio * advantages
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
-
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+def group_advantages(rewards: Tensor) -> Tensor:
     """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
 
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
     """
     return rewards - rewards.mean(-1, keepdim=True)
 
-
-def prefix_token_loss(kind: str, logprobs: torch.Tensor, advantages: torch.Tensor,
-                      alpha: float) -> torch.Tensor:
+def prefix_token_loss(kind: str, logprobs: Tensor, advantages: Tensor,
+                      alpha: float) -> Tensor:
     """What the expert's tokens are trained with: the rows of Table 2, one a line."""
     if kind == "trsft":
         return trsft_loss(logprobs, alpha)
@@ -138,15 +120,12 @@ def prefix_token_loss(kind: str, logprobs: torch.Tensor, advantages: torch.Tenso
         return luffy_loss(logprobs, advantages)
     return torch.zeros_like(logprobs)  # "none"
 
-
-# ================================================================================================
-# Part 2. Adaptive guidance: micro-group sampling (Section 2.3, Algorithm 1).
+# ==== Part 2. Adaptive guidance: micro-group sampling (Section 2.3, Algorithm 1).
 #
 # How much help a problem needs is not known in advance, so it is found out: before each micro-group
 # the mean return of all rollouts drawn so far is compared with a threshold. Hard problems get
 # longer and longer prefixes, easy ones none. There is no model in this part: `generate` and `score`
 # are functions, and the tests drive them with a script.
-# ================================================================================================
 @dataclass(frozen=True)
 class MicroGroup:
     """n_i rollouts that start from the first L_i of the expert's tokens if guided (Algorithm 1)."""
@@ -154,14 +133,12 @@ class MicroGroup:
     ratio: float      # L_i, share of the expert solution, in [0, 1]
     threshold: float  # t_i: guided if the mean return so far is below it; -1 never, inf always
 
-
 @dataclass
 class Problem:
     """A prompt, the expert's solutions (perhaps none; each ends in EOS), and the answer."""
     prompt_ids: Tokens
     solutions: list[Tokens]
     answer: str
-
 
 @dataclass
 class Rollout:
@@ -172,11 +149,9 @@ class Rollout:
     reward: float
     micro_group: int    # index into the schedule
 
-
 def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
     return sum(returns_so_far) / max(1, len(returns_so_far)) < group.threshold
-
 
 def expert_prefix(solution_ids: Tokens, ratio: float,
                   breaks: frozenset[int] = frozenset()) -> Tokens:
@@ -190,7 +165,6 @@ def expert_prefix(solution_ids: Tokens, ratio: float,
     reach = min(length, cut + round(0.3 * length)) if 0 < cut else cut
     ends = (i + 1 for i in range(cut, reach) if solution_ids[i] in breaks)
     return solution_ids[:next(ends, cut)]
-
 
 def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                   generate: Callable[[list[Tokens], list[int]], list[Tokens]],
@@ -248,7 +222,6 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                     Rollout(problems[i].prompt_ids, prefix, completion, reward, m))
     return groups
 
-
 def possible_branches(m: int, group: MicroGroup, solution: Tokens | None) -> list[bool]:
     """Which of guided / not guided micro-group m may turn out to be, before any reward is known."""
     if solution is None:
@@ -258,25 +231,19 @@ def possible_branches(m: int, group: MicroGroup, solution: Tokens | None) -> lis
     return [guided for guided, possible in ((False, group.threshold < math.inf),
                                             (True, group.threshold > -math.inf)) if possible]
 
-
-# ================================================================================================
-# Part 3. The policy: loading it, sampling from it, and the log-probs that training needs.
-# ================================================================================================
-def load_policy(name: str) -> tuple[torch.nn.Module, object]:
+# ==== Part 3. The policy: loading it, sampling from it, and the log-probs that training needs.
+def load_policy(name: str) -> tuple[nn.Module, object]:
     """A causal LM with fp32 master weights on the CPU, and its tokenizer (by transformers).
 
     Args: name: a local folder, a Hub id, or a bare Qwen name ("Qwen2.5-0.5B-Instruct").
     Raises: InputError if it cannot be had, or if its head is not a plain matrix product.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
     local = os.path.isdir(name)
     path = name if local or "/" in name else f"Qwen/{name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         tried = "that folder" if local else f"the folder ./{name} and the Hub id {path}"
         raise InputError(f"cannot load model '{name}' (tried {tried}: {brief(error)}); "
@@ -286,14 +253,12 @@ def load_policy(name: str) -> tuple[torch.nn.Module, object]:
     check_head(policy)
     return policy, tokenizer
 
-
 def brief(error: Exception) -> str:
     """The beginning of an error's message, as one line."""
     return " ".join(str(error).split())[:150] or type(error).__name__
 
-
 @torch.no_grad()
-def check_head(policy: torch.nn.Module) -> None:
+def check_head(policy: nn.Module) -> None:
     """InputError unless token_logprobs agrees with the model's own logits.
 
     It applies the output matrix itself; a model that caps or scales its logits afterwards would be
@@ -306,15 +271,13 @@ def check_head(policy: torch.nn.Module) -> None:
         raise InputError(f"{type(policy).__name__} does more to its logits than a matrix product "
                          "(soft-capping or scaling?): use a model without, such as Qwen2.5")
 
-
-def end_ids(policy: torch.nn.Module) -> Tokens:
+def end_ids(policy: nn.Module) -> Tokens:
     """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>)."""
     ends = policy.generation_config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
-
 @torch.no_grad()
-def sample(policy: torch.nn.Module, requests: list[Tokens], limits: list[int],
+def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
            temperature: float = 1.0, static: bool = False, kv_tokens: int = 1 << 19,
            ) -> tuple[list[Tokens], list[list[float]]]:
     """Draw one completion per request from the exact policy.
@@ -346,8 +309,7 @@ def sample(policy: torch.nn.Module, requests: list[Tokens], limits: list[int],
     policy.train(was_training)
     return completions, logprobs
 
-
-def decode(policy: torch.nn.Module, requests: list[Tokens], limits: list[int], noise: torch.Tensor,
+def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: Tensor,
            temperature: float, static: bool) -> tuple[list[Tokens], list[list[float]]]:
     """One batch of `sample`: prefill each distinct request once, then a token a step.
 
@@ -355,7 +317,6 @@ def decode(policy: torch.nn.Module, requests: list[Tokens], limits: list[int], n
     `static` it runs on buffers of fixed size and is replayed as one CUDA graph. Otherwise finished
     rows leave the batch, once they make up a quarter of it (a cut copies the whole cache).
     """
-    from transformers import DynamicCache
     device, ends = policy.device, torch.tensor(end_ids(policy), device=policy.device)
     distinct = {tuple(request): None for request in requests}
     place = {request: row for row, request in enumerate(distinct)}
@@ -364,7 +325,7 @@ def decode(policy: torch.nn.Module, requests: list[Tokens], limits: list[int], n
     ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in distinct], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in distinct], device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.config)
+    cache = transformers.DynamicCache(config=policy.config)
     logits = policy(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
                     past_key_values=cache, logits_to_keep=1).logits[copies, -1]
     cache.batch_select_indices(copies)
@@ -400,20 +361,18 @@ def decode(policy: torch.nn.Module, requests: list[Tokens], limits: list[int], n
     return ([row[:n] for row, n in zip(tokens.long().tolist(), lengths)],
             [row[:n] for row, n in zip(logprobs.tolist(), lengths)])
 
-
-def graphed_step(policy: torch.nn.Module, cache, token: torch.Tensor, position: torch.Tensor,
-                 mask: torch.Tensor) -> Callable[[], torch.Tensor]:
+def graphed_step(policy: nn.Module, cache, token: Tensor, position: Tensor,
+                 mask: Tensor) -> Callable[[], Tensor]:
     """A decode step on fixed buffers, which the caller fills: () -> [B, V] logits.
 
     On CUDA it is recorded once and replayed, one launch in place of some 80 a layer. The cache's
     contents move into one whose tensors never move or grow.
     """
-    from transformers import StaticCache
-    fixed = StaticCache(config=policy.config, max_cache_len=mask.shape[1])
+    fixed = transformers.StaticCache(config=policy.config, max_cache_len=mask.shape[1])
     for i, layer in enumerate(cache.layers):
         fixed.update(layer.keys, layer.values, i)
 
-    def step() -> torch.Tensor:
+    def step() -> Tensor:
         return policy(input_ids=token, attention_mask=mask[:, None, None], position_ids=position,
                       past_key_values=fixed, use_cache=True).logits[:, -1]
 
@@ -432,9 +391,8 @@ def graphed_step(policy: torch.nn.Module, cache, token: torch.Tensor, position: 
         layer.cumulative_length.copy_(filled)
     return lambda: (graph.replay(), logits)[1]
 
-
-def draw_tokens(logits: torch.Tensor, noise: torch.Tensor,
-                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_tokens(logits: Tensor, noise: Tensor,
+                temperature: float) -> tuple[Tensor, Tensor]:
     """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
 
     Inverts the cumulative distribution, in float64: float32 would round away the tail of a
@@ -450,29 +408,35 @@ def draw_tokens(logits: torch.Tensor, noise: torch.Tensor,
         token = logprobs.argmax(-1)
     return token, logprobs.gather(1, token[:, None])[:, 0].double()
 
-
-def scaled_logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
     """Log-probs of softmax(logits / temperature), in float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits / temperature).log_softmax(-1)
 
-
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 
-
-def token_logprobs(policy: torch.nn.Module, sequences: list[Tokens], starts: list[int],
-                   temperature: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
+                   temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
 
-    Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
-    vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
-    matter, and the head is applied in chunks, which the backward pass computes again.
-
-    Args: sequences: token ids, ragged; padded on the right and not masked, which is exact (causal
-            attention never looks right) and keeps the fast attention kernel.
+    Args: sequences: token ids, ragged.
         starts: index of the first token to score in each, >= 1 (the first token has no context).
         temperature: log-probs are those of softmax(logits / temperature), what was sampled from.
     Returns: two lists of tensors in nats, one of [len(sequence) - start] per sequence.
+    """
+    lengths = [len(s) - start for s, start in zip(sequences, starts)]
+    logprobs, entropies = flat_logprobs(policy, sequences, starts, temperature)
+    return list(logprobs.split(lengths)), list(entropies.split(lengths))
+
+
+def flat_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
+                  temperature: float) -> tuple[Tensor, Tensor]:
+    """token_logprobs with all sequences end to end: [N] log-probs and [N] entropies.
+
+    Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
+    vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
+    matter, and the head is applied in chunks, which the backward pass computes again. Padding is on
+    the right and not masked: exact, as causal attention never looks right, and the fast kernel.
     """
     width, device = max(map(len, sequences)), policy.device
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
@@ -481,25 +445,21 @@ def token_logprobs(policy: torch.nn.Module, sequences: list[Tokens], starts: lis
                           for t in range(start, len(s))], dtype=torch.long, device=device)
     targets = ids.flatten()[spots].split(HEAD_CHUNK)
     hidden = hidden.flatten(0, 1)[spots - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
-    scored = [checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
-                         use_reentrant=False, preserve_rng_state=False)
-              for h, y in zip(hidden, targets)]
-    lengths = [len(s) - start for s, start in zip(sequences, starts)]
-    logprobs, entropies = (torch.cat(parts).split(lengths) for parts in zip(*scored))
-    return list(logprobs), list(entropies)
+    logprobs, entropies = zip(*(
+        checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
+                   use_reentrant=False, preserve_rng_state=False) for h, y in zip(hidden, targets)))
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
-def score_chunk(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor,
-                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
+                temperature: float) -> tuple[Tensor, Tensor]:
     """[N, H] hidden states and [N] targets -> [N] log-probs and [N] entropies (no gradient)."""
     logprobs = scaled_logprobs(head(hidden), temperature)
     with torch.no_grad():
         entropies = torch.special.entr(logprobs.exp()).sum(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], entropies
 
-
-# ================================================================================================
-# Part 4. The update. The loss of a batch of rollouts is
+# ==== Part 4. The update. The loss of a batch of rollouts is
 #
 #     ( sum over completion tokens of the policy-gradient loss
 #     + sum over prefix tokens of the prefix loss )  /  (number of rollouts * max response tokens)
@@ -507,11 +467,9 @@ def score_chunk(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tens
 # The divisor is a constant (Dr. GRPO): dividing by each response's own length would go easy on long
 # wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
 # their order, nor leaving out rollouts that add exactly nothing can change it.
-# ================================================================================================
 def is_inert(rollout: Rollout, advantage: float, prefix_loss: str) -> bool:
     """Is this rollout's gradient exactly zero? No advantage, and no supervised loss on a prefix."""
     return advantage == 0 and not (rollout.prefix and prefix_loss in ("trsft", "sft"))
-
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices cut into micro-batches of at most `budget` padded tokens (or one sequence).
@@ -526,9 +484,8 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-
-def accumulate_gradients(policy: torch.nn.Module, rollouts: list[Rollout], advantages: list[float],
-                         args: argparse.Namespace, old: dict[int, torch.Tensor],
+def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], advantages: list[float],
+                         args: Namespace, old: dict[int, Tensor],
                          drawn: dict[tuple, list[float]]) -> dict[str, list[float]]:
     """Add the gradient of the batch's loss to the parameters' .grad.
 
@@ -541,36 +498,38 @@ def accumulate_gradients(policy: torch.nn.Module, rollouts: list[Rollout], advan
     requests = [r.prompt + r.prefix for r in rollouts]
     sequences = [request + r.completion for request, r in zip(requests, rollouts)]
     batches = micro_batches([len(sequences[i]) for i in active], args.micro_tokens)
-    score = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
+    score = getattr(policy, "flat_logprobs", functools.partial(flat_logprobs, policy))
     totals = torch.zeros(7, 2, dtype=torch.float64, device=policy.device)
-    # Every pass of a sharded model is a collective operation: all ranks need equally many.
+    # FSDP averages gradients over the processes, hence the divisor is the mean of theirs. And each
+    # pass of a sharded model is a collective operation, of which all processes need equally many.
+    divisor = all_reduce([len(rollouts)])[0] / WORLD * args.max_response
     for b in range(int(all_reduce([len(batches)], "max")[0])):
         if b >= len(batches):
-            (score([[0, 0]], [1])[0][0].sum() * 0).backward()
+            (score([[0, 0]], [1], 1.0)[0].sum() * 0).backward()
             continue
         chosen = [active[i] for i in batches[b]]
         with torch.autocast("cuda", torch.bfloat16, enabled=policy.device.type == "cuda"):
             logprobs, entropies = score([sequences[i] for i in chosen],
                                         [len(rollouts[i].prompt) for i in chosen], args.temperature)
-        for i, new in zip(chosen, logprobs):
-            old.setdefault(i, new.detach())
-        advantage, is_prefix = (torch.cat(parts).to(policy.device) for parts in zip(*(
-            (torch.full((len(new),), advantages[i]), torch.arange(len(new)) < len(rollouts[i].prefix))
-            for i, new in zip(chosen, logprobs))))
-        logprobs, before = torch.cat(logprobs), torch.cat([old[i] for i in chosen])
+        lengths = [len(sequences[i]) - len(rollouts[i].prompt) for i in chosen]
+        for i, new in zip(chosen, logprobs.detach().split(lengths)):
+            old.setdefault(i, new)
+        before = torch.cat([old[i] for i in chosen])
+        owner = torch.arange(len(chosen)).repeat_interleave(torch.tensor(lengths))
+        advantage = logprobs.new_tensor([advantages[i] for i in chosen])[owner]
+        is_prefix = torch.cat([torch.arange(n) < len(rollouts[i].prefix)
+                               for i, n in zip(chosen, lengths)]).to(policy.device)
         losses = torch.where(
             is_prefix, prefix_token_loss(args.prefix_loss, logprobs, advantage, args.alpha),
             policy_gradient_loss(logprobs, before, advantage,
                                  args.clip if args.updates > 1 else None))
-        # FSDP averages the gradients of the ranks, hence no division by their number here.
-        loss = losses.sum() / (len(rollouts) * args.max_response)
-        loss.backward()
+        (losses.sum() / divisor).backward()
         with torch.no_grad():
             p = logprobs[is_prefix].double().exp()
             seen = torch.tensor([x for i in chosen for x in drawn.get(
                 (tuple(requests[i]), tuple(rollouts[i].completion)), ())], device=policy.device)
             gap = (logprobs[~is_prefix] - seen).abs() if len(seen) else seen
-            for k, values in enumerate((losses, torch.cat(entropies)[~is_prefix], gap, p,
+            for k, values in enumerate((losses, entropies[~is_prefix], gap, p,
                                         p < args.alpha, 1 / p.clamp(min=args.alpha), 1 / p)):
                 totals[k, 0] += values.sum()
                 totals[k, 1] += values.numel()
@@ -578,14 +537,12 @@ def accumulate_gradients(policy: torch.nn.Module, rollouts: list[Rollout], advan
              "prefix_weight", "prefix_inverse_p")
     return dict(zip(names, totals.tolist()))
 
-
-# ================================================================================================
-# Part 5. Data and reward. A row becomes a Problem: the prompt, the expert's solutions, the answer.
-# ================================================================================================
+# ==== Part 5. Data and reward
+#
+# A row becomes a Problem: the prompt, the expert's solutions (if any) and the answer.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "openr1": ("Elliott/Openr1-Math-46k-8192", None)}
-
 
 @dataclass
 class Task:
@@ -595,7 +552,6 @@ class Task:
     score: Callable[[Problem, Tokens], float]
     in_order: bool = False             # a curriculum: not to be shuffled
     breaks: frozenset[int] = frozenset()
-
 
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
@@ -611,11 +567,9 @@ def grade(response: str, answer: str) -> tuple[float, str]:
     except (Exception, TimeoutException) as error:  # no response may stop the training
         return 0.0, brief(error)
 
-
 def math_reward(response: str, answer: str) -> float:
-    """1.0 if the response's final answer equals `answer`, LaTeX or plain, else 0.0; never raises."""
+    """1.0 if the response's final answer equals `answer`, else 0.0; never raises."""
     return grade(response, answer)[0]
-
 
 def read_row(row: dict) -> tuple[str, list[str], str]:
     """(problem, solutions, answer) of a row in any of the three formats (paper.md, section 8).
@@ -636,9 +590,8 @@ def read_row(row: dict) -> tuple[str, list[str], str]:
     solutions = [solution] if isinstance(solution, str) else list(solution or [])
     return row["problem"], solutions, "" if row["answer"] is None else str(row["answer"])
 
-
 def load_rows(dataset: str, split: str = "train") -> Iterable[dict]:
-    """Rows of `gsm8k`, `openr1`, or a .jsonl / .json / .parquet file; InputError if not to be had."""
+    """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had."""
     from datasets import load_dataset
     try:
         if dataset in HUB:
@@ -649,8 +602,7 @@ def load_rows(dataset: str, split: str = "train") -> Iterable[dict]:
         raise InputError(f"cannot read the {source} ({brief(error)}); a local file works too: "
                          "--dataset path/to/rows.jsonl") from error
 
-
-def make_problems(rows: Iterable[dict], tokenizer, args: argparse.Namespace) -> list[Problem]:
+def make_problems(rows: Iterable[dict], tokenizer, args: Namespace) -> list[Problem]:
     """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
 
     A row without a solution stays, and is never guided. Lengths are limited by args.max_prompt and
@@ -687,8 +639,7 @@ def make_problems(rows: Iterable[dict], tokenizer, args: argparse.Namespace) -> 
                          "--max-prompt and --max-response, and the README on formats")
     return problems
 
-
-def math_task(tokenizer, args: argparse.Namespace) -> Task:
+def math_task(tokenizer, args: Namespace) -> Task:
     """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
     train = make_problems(load_rows(args.dataset), tokenizer, args)
     if args.dataset == "gsm8k":
@@ -704,42 +655,41 @@ def math_task(tokenizer, args: argparse.Namespace) -> Task:
                        if args.snap_prefix and "\n\n" in tokenizer.convert_tokens_to_string([word]))
     return Task(train, {"held out": heldout} if heldout else {}, score, breaks=breaks)
 
-
-# ================================================================================================
-# Part 6. The embedded experiment: clock chains, a world small enough for a CPU.
+# ==== Part 6. The embedded experiment: clock chains, a world small enough for a CPU.
 #
 # A 24-hour clock shows h; k times some hours (1-9) are added or taken away, each step on a line
 # named by a letter. A tiny Qwen2 is "pretrained" from scratch on a textbook (prompts that end in
-# ":" and worked lines) and a quiz (prompts that end in "?" and mostly blurted answers): it knows how
-# to work, but does not when asked. The expert works, but rambles, takes wrong turns and corrects
-# them, as R1's traces do. Chance is 4 %.
+# ":" and worked lines) and a quiz (prompts that end in "?" and mostly blurted answers): it knows
+# how to work, but does not when asked. The expert works, but rambles, takes wrong turns and
+# corrects them, as R1's traces do. Chance is 4 %.
 #
 #     prompt   j 8 k -9 l +8 m +1 ?          direct   # 8 <eos>
 #     worked   k -9 23 l +8 7 m +1 8 # 8 <eos>
 #     expert   k -9 23 let's l +8 14 oops l +8 7 m +1 8 # 8 <eos>
-# ================================================================================================
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-FILLERS = "let's hmm so now then well okay next wait right and first see think slowly indeed".split()
+FILLERS = ("let's hmm so now then well okay next wait right and first see think slowly "
+           "indeed").split()
 CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, range(24)),
                *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
 
+def clock_model(seed: int) -> tuple[nn.Module, object]:
+    """An untrained Qwen2-sized-down (0.14 M parameters) and its word-level tokenizer.
 
-def clock_model(seed: int) -> tuple[torch.nn.Module, object]:
-    """An untrained Qwen2 of 0.14 M parameters, and its word-level tokenizer."""
+    By Llama's class with attention biases, which is Qwen2's architecture: beside a config of type
+    qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLOCK_WORDS)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.decoder = decoders.WordPiece(cleanup=False)  # spaces between words
     torch.manual_seed(seed)
-    policy = Qwen2ForCausalLM(Qwen2Config(
+    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(CLOCK_WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
-        initializer_range=0.1, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
-    return policy, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>",
-                                           eos_token="<eos>")
-
+        initializer_range=0.1, attention_bias=True, tie_word_embeddings=False, eos_token_id=1,
+        pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
+    return policy, transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool = True,
                   filler: float = 0.0, slip: float = 0.0) -> Problem:
@@ -762,8 +712,7 @@ def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool
     ids = tokenizer.convert_tokens_to_ids
     return Problem(ids([*prompt, mark]), [ids(solution)], str(hour))
 
-
-def clock_task(tokenizer, args: argparse.Namespace) -> Task:
+def clock_task(tokenizer, args: Namespace) -> Task:
     """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
 
     `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft. First the
@@ -787,7 +736,6 @@ def clock_task(tokenizer, args: argparse.Namespace) -> Task:
     return Task(problems("train", 512, 5, 9, "?"),
                 {name: problems(name, args.eval_size, *kind) for name, kind in sets.items()}, score)
 
-
 def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     """A line of the pretraining corpus, `progress` of the way through it."""
     if progress < 0.5 or rng.random() < 0.6:
@@ -796,16 +744,14 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     k = 1 if rng.random() < 0.5 else rng.randint(2, 10)
     return clock_problem(tokenizer, rng, k, "?", worked=rng.random() < 0.1)
 
-
-# ================================================================================================
-# Part 7. Processes and checkpoints.
+# ==== Part 7. Processes and checkpoints
 #
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
 # keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
-# Everything random comes from generators seeded with (seed, step), and so does the order of the
-# data: weights, optimizer state and the step number are a run's whole state, and a run that was
-# killed and resumed equals one that was not, bit for bit.
-# ================================================================================================
+# Everything random comes from generators seeded with (seed, step), the order of the data too: so
+# weights, optimizer state and step number are a run's whole state, and a run that was killed and
+# resumed equals one that was not, bit for bit.
+
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -814,54 +760,52 @@ def all_reduce(values: list[float], how: str = "sum") -> list[float]:
     """The sum (or "max") of each value over the processes."""
     if WORLD == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64)
-    tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
     return tensor.tolist()
 
 
-def shard(policy: torch.nn.Module) -> None:
+def shard(policy: nn.Module) -> None:
     """FSDP2 in place: each decoder layer a unit, the rest another. bf16 compute on CUDA."""
     from torch.distributed import fsdp
-    precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    precision = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mp_policy": precision} if policy.device.type == "cuda" else {}
     for layer in policy.base_model.layers:
         fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(policy, **options)
-    policy.token_logprobs = functools.partial(token_logprobs, policy)
-    fsdp.register_fsdp_forward_method(policy, "token_logprobs")
+    policy.flat_logprobs = functools.partial(flat_logprobs, policy)
+    fsdp.register_fsdp_forward_method(policy, "flat_logprobs")
 
 
-def make_sampler(policy: torch.nn.Module, device: str) -> torch.nn.Module:
+def make_sampler(policy: nn.Module, device: str) -> nn.Module:
     """What rollouts are drawn from: on CUDA a bf16 copy of the policy, on one CPU the policy."""
     if device == "cpu" and WORLD == 1:
         return policy
-    sampler = copy.deepcopy(policy)
-    if device == "cuda":  # parameters only: RoPE's buffer of frequencies must stay fp32
-        for p in sampler.parameters():
-            p.data = p.data.to(torch.bfloat16)
-    return sampler.to(device).requires_grad_(False)
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for p in sampler.parameters() if device == "cuda" else ():
+        p.data = p.data.to(torch.bfloat16)  # parameters only: RoPE's buffers must stay fp32
+    return sampler.to(device)
 
 
 @torch.no_grad()
-def refresh(sampler: torch.nn.Module, policy: torch.nn.Module) -> None:
+def refresh(sampler: nn.Module, policy: nn.Module) -> None:
     """Copy the policy's weights into the sampler, one parameter at a time."""
     for mine, new in zip(sampler.parameters(), policy.parameters(), strict=True):
         if mine is not new:
-            mine.copy_(new.full_tensor() if hasattr(new, "full_tensor") else new)
+            mine.copy_(new.full_tensor() if WORLD > 1 else new)
 
 
 def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False) -> None:
     """Write <out>/checkpoint-<step>, or at the end the model into <out>: whole or not at all.
 
     Under a temporary name, flushed to the disk, then renamed; the newest two checkpoints are kept.
-    All processes must call it.
+    All processes must call it; the first writes.
     """
-    if not last and (out / f"checkpoint-{step}").exists():
-        return
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    if RANK:
+    final = out / f"checkpoint-{step}"
+    if RANK or (final.exists() and not last):
         return
     temporary = out / ".unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -873,14 +817,12 @@ def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False)
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    if last:
-        for path in temporary.iterdir():
-            os.replace(path, out / path.name)
-        temporary.rmdir()
-    else:
-        os.replace(temporary, out / f"checkpoint-{step}")
-        for older in checkpoints(out)[:-2]:
-            shutil.rmtree(older)
+    for source in temporary.iterdir() if last else ():
+        os.replace(source, out / source.name)
+    if not last:
+        os.replace(temporary, final)
+    for older in checkpoints(out)[:-2]:
+        shutil.rmtree(older)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -889,15 +831,15 @@ def checkpoints(out: Path) -> list[Path]:
     return [out / f"checkpoint-{step}" for step in sorted(steps)]
 
 
-# ================================================================================================
-# Part 8. The training loop.
-# ================================================================================================
-def batch_at(step: int, task: Task, args: argparse.Namespace) -> list[Problem]:
-    """The prompts of a step, the same for any number of processes; every problem once an epoch."""
-    indices = range(step * args.prompts, (step + 1) * args.prompts)
-    places = (divmod(i, len(task.train)) for i in indices)
-    return [task.train[place if task.in_order else shuffled(len(task.train), args.seed, epoch)[place]]
-            for epoch, place in places]
+# ==== Part 8. The training loop
+
+def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
+    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
+    n, batch = len(task.train), []
+    for i in range(step * args.prompts, (step + 1) * args.prompts):
+        epoch, place = divmod(i, n)
+        batch.append(task.train[place if task.in_order else shuffled(n, args.seed, epoch)[place]])
+    return batch
 
 
 @functools.lru_cache(maxsize=2)
@@ -906,18 +848,17 @@ def shuffled(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"order {seed} {epoch}").sample(range(n), n)
 
 
-def train_step(policy, sampler, optimizer, task: Task, args: argparse.Namespace,
+def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
                step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then the update: (metrics over all processes, this process's groups)."""
-    seconds = {"sample": 0.0, "score": 0.0}
-    drawn: dict[tuple, list[float]] = {}
-    torch.manual_seed(random.Random(f"{args.seed} {step} {RANK}").getrandbits(63))
+    seconds, drawn = {"sample": 0.0, "score": 0.0}, {}
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
         started = time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
                                        args.cuda_graphs, args.kv_tokens)
-        drawn.update(((tuple(r), tuple(c)), lp) for r, c, lp in zip(requests, completions, logprobs))
+        for request, completion, lp in zip(requests, completions, logprobs):
+            drawn[tuple(request), tuple(completion)] = lp
         seconds["sample"] += time.perf_counter() - started
         return completions
 
@@ -927,37 +868,36 @@ def train_step(policy, sampler, optimizer, task: Task, args: argparse.Namespace,
         seconds["score"] += time.perf_counter() - started
         return reward
 
-    # ---- Rollout phase ----
+    # ---- Rollout phase
+    rng = random.Random(f"{args.seed} {step} {RANK}")
+    torch.manual_seed(rng.getrandbits(63))
     groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate, score,
-                           random.Random(f"solutions {args.seed} {step} {RANK}"), args.speculate,
-                           args.max_response, task.breaks)
+                           rng, args.speculate, args.max_response, task.breaks)
     rewards = torch.tensor([[r.reward for r in group] for group in groups])
     advantages = group_advantages(rewards).flatten().tolist()
     rollouts = [r for group in groups for r in group]
 
-    # ---- Learning phase ----
+    # ---- Learning phase
     started, old = time.perf_counter(), {}
-    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
     for parameters in optimizer.param_groups:
-        parameters["lr"] = lr * (1 - step / args.steps if args.decay else 1)
-    for p in policy.parameters():  # not None: Adam's momentum moves on even if all are inert
-        p.grad = torch.zeros_like(p)
-    for update in range(args.updates):
-        optimizer.zero_grad(set_to_none=False)
+        parameters["lr"] = learning_rate(step, args)
+    for _ in range(args.updates):
+        for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
+            p.grad = torch.zeros_like(p)
         statistics = accumulate_gradients(policy, rollouts, advantages, args, old, drawn)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        norm = float(norm.full_tensor() if WORLD > 1 else norm)
         if not math.isfinite(norm):
             break
         optimizer.step()
         refresh(sampler, policy)
     seconds["update"] = time.perf_counter() - started
-    inert = [is_inert(r, a, args.prefix_loss) for r, a in zip(rollouts, advantages)]
-    statistics |= rollout_statistics(rollouts, args.schedule, end_ids(policy)) | {
+
+    trained = [r for r, a in zip(rollouts, advantages) if not is_inert(r, a, args.prefix_loss)]
+    statistics |= rollout_statistics(rollouts, args.schedule, end_ids(policy)) | {  # [sum, count]
         "tokens_generated": [sum(len(completion) for _, completion in drawn), RANK == 0],
-        "tokens_trained": [sum(len(r.prefix + r.completion) for r, skip in zip(rollouts, inert)
-                               if not skip), RANK == 0],
-        "rollouts_skipped": [sum(inert), RANK == 0]}
+        "tokens_trained": [sum(len(r.prefix + r.completion) for r in trained), RANK == 0],
+        "rollouts_skipped": [len(rollouts) - len(trained), RANK == 0]}
     flat = all_reduce([float(x) for pair in statistics.values() for x in pair])
     metrics = {name: total / count if count else None
                for name, total, count in zip(statistics, flat[::2], flat[1::2])}
@@ -967,14 +907,20 @@ def train_step(policy, sampler, optimizer, task: Task, args: argparse.Namespace,
     return metrics | {f"seconds_{name}": s for name, s in seconds.items()}, groups
 
 
+def learning_rate(step: int, args: Namespace) -> float:
+    """Linear warm-up, then constant, or with --decay linearly down to 0."""
+    return (args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+            * (1 - step / args.steps if args.decay else 1))
+
+
 def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
                        ends: Tokens) -> dict[str, list[float]]:
-    """name -> [sum, count], so that the mean over all processes is a sum of sums."""
+    """name -> [sum, count], so that a mean over all processes is a quotient of sums."""
     def tally(values: Iterable[float]) -> list[float]:
         values = list(values)
         return [sum(values), len(values)]
 
-    generated = [r for r in rollouts if r.completion]
+    own = [r for r in rollouts if r.completion]
     return {
         "reward_unguided": tally(r.reward for r in rollouts if not r.prefix),
         "reward_guided": tally(r.reward for r in rollouts if r.prefix),
@@ -982,12 +928,12 @@ def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
         **{f"guided_{m + 1}": tally(bool(r.prefix) for r in rollouts if r.micro_group == m)
            for m in range(len(schedule))},
         "response_length": tally(len(r.prefix + r.completion) for r in rollouts),
-        "completion_length": tally(len(r.completion) for r in generated),
-        "truncated": tally(r.completion[-1] not in ends for r in generated)}
+        "completion_length": tally(len(r.completion) for r in own),
+        "truncated": tally(r.completion[-1] not in ends for r in own)}
 
 
-def evaluate(sampler, task: Task, args: argparse.Namespace, whole: bool) -> dict[str, float]:
-    """Accuracy of one response a held-out problem, sampled as in training, and greedy.
+def evaluate(sampler, task: Task, args: Namespace, whole: bool) -> dict[str, float]:
+    """Share of held-out problems solved, by one response each, sampled as in training and greedy.
 
     Unless `whole`, only the first held-out set, sampled: a cheap point of the learning curve.
     """
@@ -996,37 +942,32 @@ def evaluate(sampler, task: Task, args: argparse.Namespace, whole: bool) -> dict
         for temperature in (args.temperature, 0.0) if whole else (args.temperature,):
             torch.manual_seed(args.seed)
             mine = problems[RANK::WORLD]
-            completions, _ = sample(sampler, [p.prompt_ids for p in mine],
-                                    [args.max_response] * len(mine), temperature,
-                                    args.cuda_graphs, args.kv_tokens)
-            right = sum(map(task.score, mine, completions))
-            right, count = all_reduce([right, len(mine)])
+            responses, _ = sample(sampler, [p.prompt_ids for p in mine],
+                                  [args.max_response] * len(mine), temperature,
+                                  args.cuda_graphs, args.kv_tokens)
+            right, count = all_reduce([sum(map(task.score, mine, responses)), len(mine)])
             found[name if temperature else f"{name}, greedy"] = right / count
     return found
 
 
 def show_group(group: list[Rollout], tokenizer) -> None:
-    """Print one rollout of each micro-group: the expert's prefix set apart, and the reward."""
-    left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "] ")
-    lines = ["prompt: " + tokenizer.decode(group[0].prompt)]
-    for r in {r.micro_group: r for r in reversed(group)}.values():
+    """Print a rollout of each micro-group, the expert's prefix set apart: the method at work."""
+    left, right = ("\033[33m", "\033[0m ") if sys.stdout.isatty() else ("[", "] ")
+    tqdm.write("prompt: " + tokenizer.decode(group[0].prompt))
+    for m, r in sorted({r.micro_group: r for r in reversed(group)}.items()):
         prefix = left + tokenizer.decode(r.prefix) + right if r.prefix else ""
-        lines.append(f"  micro-group {r.micro_group + 1}, reward {r.reward:.0f}: {prefix}"
-                     + tokenizer.decode(r.completion))
-    tqdm.write("\n".join([lines[0], *reversed(lines[1:])]))
+        tqdm.write(f"  micro-group {m + 1}, reward {r.reward:.0f}: {prefix}"
+                   + tokenizer.decode(r.completion))
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: Namespace) -> None:
     """The whole run: load or resume, then roll out, update, measure and save, step by step."""
-    out, interrupted = Path(args.out), []
+    out, interrupted, bad, start = Path(args.out), [], 0, 0
     saved = checkpoints(out)[-1:] if args.resume else []
-    if args.dataset == "clock-corpus" and not saved:
-        policy, tokenizer = clock_model(args.seed)
-    else:
-        policy, tokenizer = load_policy(str(saved[0]) if saved else args.model)
-    make_task = clock_task if args.dataset.startswith("clock") else math_task
-    task = make_task(tokenizer, args)
-    sampler = make_sampler(policy, args.device)
+    start_from = str(saved[0]) if saved else args.model
+    policy, tokenizer = load_policy(start_from) if start_from else clock_model(args.seed)
+    task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
+    sampler = make_sampler(policy, args.device)  # before sharding: it is whole
     policy.to(args.device).train()
     if args.recompute:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1034,46 +975,45 @@ def train(args: argparse.Namespace) -> None:
         shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas),
                                   weight_decay=args.weight_decay)
-    start, bad = 0, 0
     if saved:
         state = torch.load(saved[0] / "trainer.pt", map_location="cpu", weights_only=True)
         full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
         start = state["step"]
-    write = open_log(out, start, policy, args)
+    record = open_log(out, start, policy, args)
     if start == 0 and task.heldout:
-        write({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
+        record({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(
         signal.SIGINT, signal.default_int_handler))  # a second Ctrl-C stops at once
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=RANK > 0)
     for step in bar:
-        began, last = time.perf_counter(), step + 1 == args.steps
+        began, done = time.perf_counter(), step + 1
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
         bad = bad + 1 if metrics["grad_norm"] is None else 0
         if bad:
-            tqdm.write(f"step {step + 1}: loss or gradient not finite, update skipped")
-        if task.heldout and (last or (step + 1) % args.eval_every == 0):
-            metrics["eval"] = evaluate(sampler, task, args, whole=last)
+            tqdm.write(f"step {done}: the loss or its gradient is not finite, update skipped")
+        if task.heldout and (done == args.steps or done % args.eval_every == 0):
+            metrics["eval"] = evaluate(sampler, task, args, whole=done == args.steps)
             if RANK == 0 and groups:
                 show_group(groups[0], tokenizer)
-        metrics["seconds"] = time.perf_counter() - began
-        write({"step": step + 1, "skipped_updates": bad, **metrics})
-        bar.set_postfix({short: f"{metrics[name]:.3g}" for short, name in (
-            ("reward", "reward_unguided"), ("guided", "guided"), ("length", "response_length"),
-            ("s", "seconds")) if metrics[name] is not None})
-        stop = all_reduce([bool(interrupted)], "max")[0] or bad == 3
-        if stop or last or (step + 1) % args.save_every == 0:
-            save(policy, tokenizer, optimizer, step + 1, out)
+        record({"step": done, **metrics, "updates_skipped_in_a_row": bad,
+                "seconds": time.perf_counter() - began})
+        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("reward_unguided", "guided",
+                         "response_length") if metrics[k] is not None})
+        (stop,) = all_reduce([bool(interrupted) or bad == 3], "max")
+        if stop or done == args.steps or done % args.save_every == 0:
+            save(policy, tokenizer, optimizer, done, out)
         if stop:
             bar.close()
-            print(f"stopped after step {step + 1}" + (": three updates in a row not finite; try a "
-                  "lower --lr" if bad == 3 else f"; go on with: python trapo.py --resume --out {out}"))
+            print(f"stopped after step {done}: " + ("three updates in a row were not finite; try a "
+                  "lower --lr" if bad == 3 else f"go on with python trapo.py --resume --out {out}"))
             raise SystemExit(1 if bad == 3 else 130)
     save(policy, tokenizer, optimizer, args.steps, out, last=True)
+    all_reduce([0])  # the files are there
     if RANK == 0:
         print_table(out)
 
 
-def open_log(out: Path, start: int, policy, args: argparse.Namespace) -> Callable[[dict], None]:
+def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict], None]:
     """A function that appends a line to metrics.jsonl, which is cut back to the step resumed from.
 
     Beside it stands config.json, which is also the model's: the run's settings are its key "trapo".
@@ -1081,139 +1021,151 @@ def open_log(out: Path, start: int, policy, args: argparse.Namespace) -> Callabl
     policy.config.trapo = {k: v for k, v in vars(args).items()
                            if k not in ("schedule", "resume", "overwrite")}
     policy.config.trapo["thresholds"] = [str(t) for t in args.thresholds]  # JSON knows no inf
+    all_reduce([0])  # nobody writes before everybody has read
     if RANK:
         return lambda metrics: None
-    out.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        for old in checkpoints(out):
-            shutil.rmtree(old)
+    for old in checkpoints(out) if args.overwrite else ():
+        shutil.rmtree(old)
     path, temporary = out / "metrics.jsonl", out / ".metrics"
-    lines = path.read_text().splitlines() if path.exists() and start else []
-    temporary.write_text("".join(x + "\n" for x in lines[:start + 1]
+    lines = path.read_text().splitlines() if start else []
+    out.mkdir(parents=True, exist_ok=True)
+    temporary.write_text("".join(x + "\n" for x in lines
                                  if x.endswith("}") and json.loads(x)["step"] <= start))
     os.replace(temporary, path)
     policy.config.save_pretrained(out)
-    file, run = path.open("a", buffering=1), None
+    file, run = path.open("a", buffering=1), None  # a line is on the disk once written
     if args.wandb:
         import wandb
         run = wandb.init(project="trapo", name=out.name, config=policy.config.trapo)
 
-    def write(metrics: dict) -> None:
+    def record(metrics: dict) -> None:
         file.write(json.dumps(metrics) + "\n")
         if run:
             run.log(metrics, step=metrics["step"])
-    return write
+    return record
 
 
 def print_table(out: Path) -> None:
     """Held-out accuracy before and after training, from metrics.jsonl."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    before, after = lines[0].get("eval"), lines[-1].get("eval")
-    if before and after:
-        print(f"{'held-out accuracy':34}  before   after")
-        for name in after:
-            print(f"{name:34}  {before[name]:6.3f}  {after[name]:6.3f}")
+    before, after = lines[0].get("eval", {}), lines[-1].get("eval", {})
+    for name in after:
+        print(f"{name:30} before {before[name]:.3f}   after {after[name]:.3f}")
     print(f"model and metrics are in {out}")
 
 
-# ================================================================================================
-# Part 9. The command line. A method is four settings; each row of Table 2 and each baseline is one
-# line here and takes the same path through the code above.
-# ================================================================================================
+# ==== Part 9. The command line
+#
+# A method is four settings; each row of Table 2 and each baseline is one line here, and takes the
+# same path through the code above.
+
 INF = math.inf
-PAPER = {"sizes": [4, 2, 1, 1], "ratios": [0, 0.2, 0.5, 1], "thresholds": [-1, 0.5, 0.7, 0.9]}
+MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0, 0.2, 0.5, 1], "thresholds": [-1, 0.5, 0.7, 0.9]}
 METHODS = {
-    "trapo": PAPER | {"prefix_loss": "trsft"},
-    "micro": PAPER | {"prefix_loss": "none"},
-    "naive": PAPER | {"prefix_loss": "sft"},
-    "micro-luffy": PAPER | {"prefix_loss": "luffy"},
-    "fixed-prefix": PAPER | {"thresholds": [-1, INF, INF, INF], "prefix_loss": "trsft"},
+    "trapo": MICRO | {"prefix_loss": "trsft"},
+    "micro": MICRO | {"prefix_loss": "none"},
+    "naive": MICRO | {"prefix_loss": "sft"},
+    "micro-luffy": MICRO | {"prefix_loss": "luffy"},
+    "fixed-prefix": MICRO | {"thresholds": [-1, INF, INF, INF], "prefix_loss": "trsft"},
     "grpo": {"sizes": [8], "ratios": [0], "thresholds": [-1], "prefix_loss": "none"},
     "luffy": {"sizes": [7, 1], "ratios": [0, 1], "thresholds": [-1, INF], "prefix_loss": "luffy"},
     "sft": {"sizes": [1], "ratios": [1], "thresholds": [INF], "prefix_loss": "sft"},
 }
-MATH = {"dataset": "gsm8k", "lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32,
+MATH = {"lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32,
         "max_prompt": 1024, "max_response": 1024, "micro_tokens": 8192, "betas": [0.9, 0.95],
         "weight_decay": 0.0, "eval_every": 20, "eval_size": 200, "save_every": 50}
-CLOCK = MATH | {"dataset": "clock", "lr": 1e-3, "steps": 150, "prompts": 16, "max_prompt": 32,
+CLOCK = MATH | {"lr": 1e-3, "steps": 150, "prompts": 16, "max_prompt": 32,
                 "max_response": 56, "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
-CORPUS = CLOCK | {"method": "sft", "dataset": "clock-corpus", "lr": 5e-3, "steps": 900,
-                  "warmup": 20, "decay": True, "prompts": 64, "betas": [0.9, 0.99],
+CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 900, "warmup": 20,
+                  "decay": True, "prompts": 64, "betas": [0.9, 0.99],
                   "weight_decay": 0.01, "save_every": 450}
-
-
-MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "micro_tokens", "kv_tokens",
-              "speculate", "cuda_graphs", "recompute", "wandb", "out")
+CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
+MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "micro_tokens",
+              "kv_tokens", "speculate", "cuda_graphs", "recompute", "wandb", "out")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is an InputError: one line."""
+    """argparse, whose errors are InputErrors: one line."""
     def error(self, message: str) -> None:
-        raise InputError(message + " (see python trapo.py --help)")
+        raise InputError(message + f" (see python {self.prog} --help)")
+
+
+def number(kind: type, low: float, high: float = INF) -> Callable[[str], float]:
+    """A flag's type: a number from low to high."""
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
+        return value
+    read.__name__ = kind.__name__  # what argparse calls it in "invalid int value"
+    return read
 
 
 def make_parser() -> Parser:
     """Every flag in one line, with its unit."""
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12, 1e12)
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.set_defaults(**MATH)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="trapo", help="preset of the next four settings")
-    add("--sizes", type=int, nargs="+", help="rollouts in each micro-group")
-    add("--ratios", type=float, nargs="+", help="share of the expert solution given, 0 to 1")
-    add("--thresholds", type=float, nargs="+", help="guided if the mean return is below; -1 never")
+    add("--sizes", type=count, nargs="+", help="rollouts in each micro-group")
+    add("--ratios", type=share, nargs="+", help="share of the expert solution given")
+    add("--thresholds", type=number(float, -INF), nargs="+", help="guided if mean return is below")
     add("--prefix-loss", choices=("trsft", "sft", "luffy", "none"), help="loss on expert tokens")
-    add("--alpha", type=float, default=0.1, help="edge of the trust region, a probability")
+    add("--alpha", type=share, default=0.1, help="edge of the trust region, a probability")
     add("--snap-prefix", action="store_true", help="cut prefixes at a paragraph break")
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", help="local folder, Hub id or bare Qwen name")
-    add("--dataset", help="gsm8k, openr1, clock, or a .jsonl / .json / .parquet file")
-    add("--max-prompt", type=int, help="longest prompt, tokens")
-    add("--max-response", type=int, help="longest response, prefix and completion, tokens")
+    add("--model", help="local folder, Hub id or bare Qwen name; none: the embedded experiment")
+    add("--dataset", help="gsm8k, openr1, or a .jsonl / .json / .parquet file")
+    add("--max-prompt", type=count, help="longest prompt, tokens")
+    add("--max-response", type=count, help="longest response, prefix and completion, tokens")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, help="training steps")
-    add("--base-steps", type=int, default=900, help="pretraining steps of the embedded base")
-    add("--prompts", type=int, help="prompts per step, over all processes")
-    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
-    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--steps", type=count, help="training steps")
+    add("--base-steps", type=count, default=900, help="pretraining steps of the embedded base")
+    add("--prompts", type=count, help="prompts per step, over all processes")
+    add("--lr", type=positive, help="learning rate of AdamW, constant after the warm-up")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up")
     add("--decay", action="store_true", help="let the learning rate fall linearly to 0")
-    add("--betas", type=float, nargs=2, help="AdamW's decay rates")
-    add("--weight-decay", type=float, help="AdamW's weight decay")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient clip, L2 norm")
-    add("--updates", type=int, default=1, help="updates per batch of rollouts")
-    add("--clip", type=float, default=0.2, help="PPO's epsilon, used if --updates > 1")
-    add("--temperature", type=float, default=1.0, help="sampling temperature of the rollouts")
+    add("--betas", type=share, nargs=2, help="AdamW's decay rates")
+    add("--weight-decay", type=share, help="AdamW's weight decay")
+    add("--max-grad-norm", type=positive, default=1.0, help="gradient clip, L2 norm")
+    add("--updates", type=count, default=1, help="updates per batch of rollouts")
+    add("--clip", type=share, default=0.2, help="PPO's epsilon, used if --updates > 1")
+    add("--temperature", type=positive, default=1.0, help="sampling temperature of the rollouts")
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--micro-tokens", type=int, help="padded tokens in a micro-batch of the update")
-    add("--kv-tokens", type=int, default=1 << 19, help="tokens in the sampler's cache")
-    add("--speculate", action=argparse.BooleanOptionalAction,
-        help="draw all micro-groups in one pass; default: on CUDA")
-    add("--cuda-graphs", action=argparse.BooleanOptionalAction,
-        help="decode on a static cache, as a CUDA graph; default: on CUDA")
+    add("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    add("--micro-tokens", type=count, help="padded tokens in a micro-batch of the update")
+    add("--kv-tokens", type=count, default=1 << 19, help="tokens in the sampler's cache")
+    add("--speculate", action=argparse.BooleanOptionalAction, help="draw all micro-groups in one "
+        "pass; on by default on CUDA")
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="decode on a static cache by "
+        "CUDA graph; on by default on CUDA")
     add("--recompute", action="store_true", help="gradient checkpointing of the layers")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run; default: runs/<model>-<method>-<seed>")
+    add("--out", help="folder of the run; runs/<model>-<method>-seed<seed> by default")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--eval-every", type=int, help="steps between evaluations")
-    add("--eval-size", type=int, help="held-out problems")
-    add("--save-every", type=int, help="steps between checkpoints")
+    add("--eval-every", type=count, help="steps between evaluations")
+    add("--eval-size", type=number(int, 0), help="held-out problems")
+    add("--save-every", type=count, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--wandb", action="store_true", help="log to Weights & Biases as well")
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags over the defaults of method and data set; with --resume, over the run's own settings."""
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Flags over the defaults of method and data set; with --resume, over the run's own settings.
+
+    InputError for the first setting that cannot be used, before anything is loaded.
+    """
     parser = make_parser()
-    first, _ = parser.parse_known_args(argv)
-    dataset = first.dataset or ("clock" if not first.model else trained_on(first.model))
-    parser.set_defaults(**{"clock": CLOCK, "clock-corpus": CORPUS}.get(dataset, MATH))
+    first = parser.parse_args(argv)
+    embedded = not first.model or run_settings(first.model).get("dataset") in CLOCKS
+    dataset = first.dataset or ("clock" if embedded else "gsm8k")
+    parser.set_defaults(**CLOCKS.get(dataset, MATH), dataset=dataset)
     parser.set_defaults(**METHODS[parser.parse_args(argv).method])
-    config, before = Path(first.out or "") / "config.json", {}
-    if first.resume and config.exists():
-        before = json.loads(config.read_text())["trapo"]
-        before["thresholds"] = [float(t) for t in before["thresholds"]]
+    before = run_settings(first.out) if first.resume else {}
     parser.set_defaults(**before)
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1222,73 +1174,58 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, args.device == "cuda")
     name = Path(args.model).name if args.model else args.dataset
     args.out = args.out or f"runs/{name}-{args.method}-seed{args.seed}"
+    out = Path(args.out)
     changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k) != before[k]]
-    if changed:
-        raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}: "
-                         "leave the flag out, or start a new run with another --out")
-    check_args(args)
+    for wrong, message in (
+            (changed, f"--resume cannot change {', '.join(changed)} of the run in {out}: leave the "
+             "flag out, or start a new run with another --out"),
+            (not len(args.sizes) == len(args.ratios) == len(args.thresholds),
+             "--sizes, --ratios and --thresholds need equally many values"),
+            (args.device == "cuda" and not torch.cuda.is_available(), "no CUDA: use --device cpu"),
+            (args.dataset not in CLOCKS and not args.model,
+             f"--dataset {args.dataset} needs a --model"),
+            (args.wandb and not importlib.util.find_spec("wandb"),
+             "--wandb needs the package: pip install wandb"),
+            (args.dataset not in (*HUB, *CLOCKS) and not (
+                Path(args.dataset).suffix in KINDS and os.path.isfile(args.dataset)),
+             f"no data set '{args.dataset}': give one of {', '.join(HUB)}, or the path of an "
+             "existing .jsonl, .json or .parquet file"),
+            (not (args.resume or args.overwrite) and any(
+                (out / f).exists() for f in ("metrics.jsonl", "config.json")),
+             f"{out} already holds a run: --resume it, --overwrite it, or give another --out")):
+        if wrong:
+            raise InputError(message)
     args.schedule = [MicroGroup(*x) for x in zip(args.sizes, args.ratios, args.thresholds)]
     return args
 
 
-def trained_on(model: str) -> str:
-    """The data set of the run that made this folder, if it was one of ours."""
-    config = Path(model) / "config.json"
-    return json.loads(config.read_text()).get("trapo", {}).get("dataset", "") if config.exists() else ""
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """InputError for the first setting that cannot be used, before anything is loaded."""
-    counts = ("steps", "prompts", "max_prompt", "max_response", "micro_tokens", "kv_tokens",
-              "updates", "eval_every", "save_every", "base_steps")
-    used = [f for f in ("metrics.jsonl", "config.json") if (Path(args.out) / f).exists()]
-    local = Path(args.dataset).suffix in KINDS and os.path.isfile(args.dataset)
-    for right, message in (
-            (len(args.sizes) == len(args.ratios) == len(args.thresholds),
-             "--sizes, --ratios and --thresholds need equally many values"),
-            (all(n >= 1 for n in args.sizes), "--sizes must be at least 1"),
-            (all(0 <= r <= 1 for r in args.ratios), "--ratios must lie in [0, 1]"),
-            (not any(map(math.isnan, args.thresholds)), "--thresholds must be numbers"),
-            (0 <= args.alpha <= 1, "--alpha must lie in [0, 1]"),
-            (0 < args.lr < INF, "--lr must be above 0"),
-            (all(0 <= b < 1 for b in args.betas), "--betas must lie in [0, 1)"),
-            (args.weight_decay >= 0, "--weight-decay must not be negative"),
-            (args.max_grad_norm > 0, "--max-grad-norm must be above 0"),
-            (args.clip > 0, "--clip must be above 0"),
-            (0 < args.temperature < INF, "--temperature must be above 0"),
-            (min(args.warmup, args.eval_size) >= 0, "--warmup and --eval-size: at least 0"),
-            *((getattr(args, k) >= 1, f"--{k.replace('_', '-')} must be at least 1") for k in counts),
-            (args.device == "cpu" or torch.cuda.is_available(), "no CUDA here: use --device cpu"),
-            (not (args.wandb and importlib.util.find_spec("wandb") is None),
-             "--wandb needs the package: pip install wandb"),
-            (args.dataset in (*HUB, "clock", "clock-corpus") or local,
-             f"no data set '{args.dataset}': give one of {', '.join(HUB)}, or the path of an "
-             "existing .jsonl, .json or .parquet file"),
-            (args.resume or args.overwrite or not used,
-             f"{args.out} already holds a run: --resume it, --overwrite it, or give another --out")):
-        if not right:
-            raise InputError(message)
+def run_settings(folder: str | None) -> dict:
+    """The settings of the run in this folder, {} if there is none."""
+    config = Path(folder or "") / "config.json"
+    settings = json.loads(config.read_text()).get("trapo", {}) if folder and config.exists() else {}
+    return settings | {k: list(map(float, v)) for k, v in settings.items() if k == "thresholds"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train; the embedded experiment pretrains its base first, unless another run has done so."""
+    """Train; the embedded experiment first pretrains its base, unless that was done before."""
+    transformers.utils.logging.disable_progress_bar()
     try:
         args = parse_args(argv)
         if WORLD > 1:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if args.dataset == "clock" and not args.model:
+        if not args.model and args.dataset == "clock":
             base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
-            args.model = str(base)
             if not (base / "model.safetensors").exists():
-                train(parse_args(["--dataset", "clock-corpus", "--seed", str(args.seed), "--resume",
-                                  "--steps", str(args.base_steps), "--device", args.device,
-                                  "--out", str(base)]))
+                if RANK == 0:
+                    print(f"pretraining the base, once for seed {args.seed}")
+                train(parse_args(["--dataset=clock-corpus", f"--seed={args.seed}", f"--out={base}",
+                                  f"--steps={args.base_steps}", "--resume"]))
+            args.model = str(base)
         train(args)
     except InputError as error:
-        if RANK == 0:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if dist.is_initialized():
