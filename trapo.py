@@ -76,8 +76,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     p = logprobs.exp()
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
 
-def luffy_loss(logprobs: Tensor, advantages: Tensor,
-               gamma: float = 0.1) -> Tensor:
+def luffy_loss(logprobs: Tensor, advantages: Tensor, gamma: float = 0.1) -> Tensor:
     """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), never clipped.
 
     Args: logprobs: nats, any shape. advantages: broadcastable to it. gamma: shaping constant > 0.
@@ -86,8 +85,8 @@ def luffy_loss(logprobs: Tensor, advantages: Tensor,
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
 
-def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor,
-                         advantages: Tensor, clip: float | None = None) -> Tensor:
+def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+                         clip: float | None = None) -> Tensor:
     """The group-relative policy gradient (Section 2.3):  -ratio * A  with  ratio = p / p_old.
 
     On policy (old = logprobs.detach()) the ratio is 1, and the gradient with respect to log p is
@@ -109,16 +108,13 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """
     return rewards - rewards.mean(-1, keepdim=True)
 
-def prefix_token_loss(kind: str, logprobs: Tensor, advantages: Tensor,
-                      alpha: float) -> Tensor:
-    """What the expert's tokens are trained with: the rows of Table 2, one a line."""
-    if kind == "trsft":
-        return trsft_loss(logprobs, alpha)
-    if kind == "sft":
-        return trsft_loss(logprobs, 0.0)
+def prefix_token_loss(kind: str, logprobs: Tensor, advantages: Tensor, alpha: float) -> Tensor:
+    """What the expert's tokens are trained with: the last rows of Table 2."""
     if kind == "luffy":
         return luffy_loss(logprobs, advantages)
-    return torch.zeros_like(logprobs)  # "none"
+    if kind == "none":
+        return torch.zeros_like(logprobs)
+    return trsft_loss(logprobs, alpha if kind == "trsft" else 0.0)  # alpha = 0 is plain SFT
 
 # ==== Part 2. Adaptive guidance: micro-group sampling (Section 2.3, Algorithm 1).
 #
@@ -153,8 +149,7 @@ def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
     return sum(returns_so_far) / max(1, len(returns_so_far)) < group.threshold
 
-def expert_prefix(solution_ids: Tokens, ratio: float,
-                  breaks: frozenset[int] = frozenset()) -> Tokens:
+def expert_prefix(solution_ids: Tokens, ratio: float, breaks: Iterable[int] = ()) -> Tokens:
     """The first round(ratio * length) ids of the solution; all of them, EOS included, at ratio 1.
 
     `breaks`, ids that end a paragraph: the cut moves on to behind the next one, if that comes
@@ -170,7 +165,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                   generate: Callable[[list[Tokens], list[int]], list[Tokens]],
                   score: Callable[[Problem, Tokens], float], rng: random.Random,
                   speculate: bool = False, max_response: int = 1024,
-                  breaks: frozenset[int] = frozenset()) -> list[list[Rollout]]:
+                  breaks: Iterable[int] = ()) -> list[list[Rollout]]:
     """Algorithm 1: draw every problem's group of rollouts, micro-group by micro-group.
 
     With `speculate`, every branch that the thresholds may choose is drawn in ONE generate call
@@ -274,7 +269,7 @@ def check_head(policy: nn.Module) -> None:
 def end_ids(policy: nn.Module) -> Tokens:
     """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>)."""
     ends = policy.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
 @torch.no_grad()
 def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
@@ -391,8 +386,7 @@ def graphed_step(policy: nn.Module, cache, token: Tensor, position: Tensor,
         layer.cumulative_length.copy_(filled)
     return lambda: (graph.replay(), logits)[1]
 
-def draw_tokens(logits: Tensor, noise: Tensor,
-                temperature: float) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
 
     Inverts the cumulative distribution, in float64: float32 would round away the tail of a
@@ -428,7 +422,6 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     logprobs, entropies = flat_logprobs(policy, sequences, starts, temperature)
     return list(logprobs.split(lengths)), list(entropies.split(lengths))
 
-
 def flat_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
                   temperature: float) -> tuple[Tensor, Tensor]:
     """token_logprobs with all sequences end to end: [N] log-probs and [N] entropies.
@@ -449,7 +442,6 @@ def flat_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
         checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
                    use_reentrant=False, preserve_rng_state=False) for h, y in zip(hidden, targets)))
     return torch.cat(logprobs), torch.cat(entropies)
-
 
 def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
                 temperature: float) -> tuple[Tensor, Tensor]:
@@ -551,7 +543,7 @@ class Task:
     heldout: dict[str, list[Problem]]  # name of a held-out set -> its problems, the main one first
     score: Callable[[Problem, Tokens], float]
     in_order: bool = False             # a curriculum: not to be shuffled
-    breaks: frozenset[int] = frozenset()
+    breaks: Iterable[int] = ()         # ids of paragraph breaks, for --snap-prefix
 
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
@@ -572,23 +564,24 @@ def math_reward(response: str, answer: str) -> float:
     return grade(response, answer)[0]
 
 def read_row(row: dict) -> tuple[str, list[str], str]:
-    """(problem, solutions, answer) of a row in any of the three formats (paper.md, section 8).
+    """(problem, solutions, answer) of a row in any of the three formats.
 
-    OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer. Plain: problem,
-    answer and perhaps solution, a string or a list. KeyError if it is none of them.
+    OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer with "####".
+    Plain: problem (or question), answer, perhaps solution, a string or a list. Else KeyError.
     """
     if "reward_model" in row:
         problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
         texts = [m["content"] for m in row.get("target") or []]
         solutions = [re.sub(r"</?think>\n?", "", text) for text in texts]
         return problem, solutions, str(row["reward_model"]["ground_truth"])
-    if "question" in row:  # calculator marks <<48/2=24>>, then a last line "#### 72"
+    if "question" in row and "####" in str(row["answer"]):  # with calculator marks <<48/2=24>>
         solution, _, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
         answer = answer.strip().replace(",", "")
         return row["question"], [f"{solution.strip()}\n\\boxed{{{answer}}}"], answer
     solution = row.get("solution")
     solutions = [solution] if isinstance(solution, str) else list(solution or [])
-    return row["problem"], solutions, "" if row["answer"] is None else str(row["answer"])
+    answer = "" if row["answer"] is None else str(row["answer"])
+    return row["problem" if "problem" in row else "question"], solutions, answer
 
 def load_rows(dataset: str, split: str = "train") -> Iterable[dict]:
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had."""
@@ -755,7 +748,6 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-
 def all_reduce(values: list[float], how: str = "sum") -> list[float]:
     """The sum (or "max") of each value over the processes."""
     if WORLD == 1:
@@ -765,18 +757,17 @@ def all_reduce(values: list[float], how: str = "sum") -> list[float]:
     dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
     return tensor.tolist()
 
-
-def shard(policy: nn.Module) -> None:
-    """FSDP2 in place: each decoder layer a unit, the rest another. bf16 compute on CUDA."""
+def shard(policy: nn.Module, device: str) -> None:
+    """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another; bf16 on CUDA."""
     from torch.distributed import fsdp
-    precision = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mp_policy": precision} if policy.device.type == "cuda" else {}
+    options = {"mesh": dist.init_device_mesh(device, (WORLD,))}
+    if device == "cuda":
+        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for layer in policy.base_model.layers:
         fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(policy, **options)
     policy.flat_logprobs = functools.partial(flat_logprobs, policy)
     fsdp.register_fsdp_forward_method(policy, "flat_logprobs")
-
 
 def make_sampler(policy: nn.Module, device: str) -> nn.Module:
     """What rollouts are drawn from: on CUDA a bf16 copy of the policy, on one CPU the policy."""
@@ -787,14 +778,12 @@ def make_sampler(policy: nn.Module, device: str) -> nn.Module:
         p.data = p.data.to(torch.bfloat16)  # parameters only: RoPE's buffers must stay fp32
     return sampler.to(device)
 
-
 @torch.no_grad()
 def refresh(sampler: nn.Module, policy: nn.Module) -> None:
     """Copy the policy's weights into the sampler, one parameter at a time."""
     for mine, new in zip(sampler.parameters(), policy.parameters(), strict=True):
         if mine is not new:
             mine.copy_(new.full_tensor() if WORLD > 1 else new)
-
 
 def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False) -> None:
     """Write <out>/checkpoint-<step>, or at the end the model into <out>: whole or not at all.
@@ -824,41 +813,34 @@ def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False)
     for older in checkpoints(out)[:-2]:
         shutil.rmtree(older)
 
-
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     steps = [int(p.name[11:]) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
     return [out / f"checkpoint-{step}" for step in sorted(steps)]
 
-
 # ==== Part 8. The training loop
 
 def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
     """The prompts of a step, whatever the number of processes; every problem once an epoch."""
-    n, batch = len(task.train), []
-    for i in range(step * args.prompts, (step + 1) * args.prompts):
-        epoch, place = divmod(i, n)
-        batch.append(task.train[place if task.in_order else shuffled(n, args.seed, epoch)[place]])
-    return batch
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
-    """An epoch's order of the n problems."""
-    return random.Random(f"order {seed} {epoch}").sample(range(n), n)
-
+    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
+    order = {epoch: range(n) if task.in_order else
+             random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
+             for epoch in {i // n for i in places}}
+    return [task.train[order[i // n][i % n]] for i in places]
 
 def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
                step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then the update: (metrics over all processes, this process's groups)."""
-    seconds, drawn = {"sample": 0.0, "score": 0.0}, {}
+    seconds, drawn, generated = {"sample": 0.0, "score": 0.0}, {}, 0
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
+        nonlocal generated
         started = time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
                                        args.cuda_graphs, args.kv_tokens)
         for request, completion, lp in zip(requests, completions, logprobs):
             drawn[tuple(request), tuple(completion)] = lp
+            generated += len(completion)
         seconds["sample"] += time.perf_counter() - started
         return completions
 
@@ -879,8 +861,9 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
 
     # ---- Learning phase
     started, old = time.perf_counter(), {}
+    decay = 1 - step / args.steps if args.decay else 1
     for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(step, args)
+        parameters["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
     for _ in range(args.updates):
         for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
             p.grad = torch.zeros_like(p)
@@ -895,7 +878,7 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
 
     trained = [r for r, a in zip(rollouts, advantages) if not is_inert(r, a, args.prefix_loss)]
     statistics |= rollout_statistics(rollouts, args.schedule, end_ids(policy)) | {  # [sum, count]
-        "tokens_generated": [sum(len(completion) for _, completion in drawn), RANK == 0],
+        "tokens_generated": [generated, RANK == 0],
         "tokens_trained": [sum(len(r.prefix + r.completion) for r in trained), RANK == 0],
         "rollouts_skipped": [len(rollouts) - len(trained), RANK == 0]}
     flat = all_reduce([float(x) for pair in statistics.values() for x in pair])
@@ -905,13 +888,6 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
     metrics |= {"grad_norm": norm if math.isfinite(norm) else None, "peak_memory_gib": peak}
     return metrics | {f"seconds_{name}": s for name, s in seconds.items()}, groups
-
-
-def learning_rate(step: int, args: Namespace) -> float:
-    """Linear warm-up, then constant, or with --decay linearly down to 0."""
-    return (args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            * (1 - step / args.steps if args.decay else 1))
-
 
 def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
                        ends: Tokens) -> dict[str, list[float]]:
@@ -931,7 +907,6 @@ def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
         "completion_length": tally(len(r.completion) for r in own),
         "truncated": tally(r.completion[-1] not in ends for r in own)}
 
-
 def evaluate(sampler, task: Task, args: Namespace, whole: bool) -> dict[str, float]:
     """Share of held-out problems solved, by one response each, sampled as in training and greedy.
 
@@ -949,7 +924,6 @@ def evaluate(sampler, task: Task, args: Namespace, whole: bool) -> dict[str, flo
             found[name if temperature else f"{name}, greedy"] = right / count
     return found
 
-
 def show_group(group: list[Rollout], tokenizer) -> None:
     """Print a rollout of each micro-group, the expert's prefix set apart: the method at work."""
     left, right = ("\033[33m", "\033[0m ") if sys.stdout.isatty() else ("[", "] ")
@@ -959,7 +933,6 @@ def show_group(group: list[Rollout], tokenizer) -> None:
         tqdm.write(f"  micro-group {m + 1}, reward {r.reward:.0f}: {prefix}"
                    + tokenizer.decode(r.completion))
 
-
 def train(args: Namespace) -> None:
     """The whole run: load or resume, then roll out, update, measure and save, step by step."""
     out, interrupted, bad, start = Path(args.out), [], 0, 0
@@ -968,11 +941,10 @@ def train(args: Namespace) -> None:
     policy, tokenizer = load_policy(start_from) if start_from else clock_model(args.seed)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
     sampler = make_sampler(policy, args.device)  # before sharding: it is whole
-    policy.to(args.device).train()
+    policy.train()
     if args.recompute:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if WORLD > 1:
-        shard(policy)
+    shard(policy, args.device) if WORLD > 1 else policy.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas),
                                   weight_decay=args.weight_decay)
     if saved:
@@ -1012,7 +984,6 @@ def train(args: Namespace) -> None:
     if RANK == 0:
         print_table(out)
 
-
 def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict], None]:
     """A function that appends a line to metrics.jsonl, which is cut back to the step resumed from.
 
@@ -1027,7 +998,7 @@ def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict],
     for old in checkpoints(out) if args.overwrite else ():
         shutil.rmtree(old)
     path, temporary = out / "metrics.jsonl", out / ".metrics"
-    lines = path.read_text().splitlines() if start else []
+    lines = path.read_text().splitlines() if start and path.exists() else []
     out.mkdir(parents=True, exist_ok=True)
     temporary.write_text("".join(x + "\n" for x in lines
                                  if x.endswith("}") and json.loads(x)["step"] <= start))
@@ -1044,7 +1015,6 @@ def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict],
             run.log(metrics, step=metrics["step"])
     return record
 
-
 def print_table(out: Path) -> None:
     """Held-out accuracy before and after training, from metrics.jsonl."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
@@ -1052,7 +1022,6 @@ def print_table(out: Path) -> None:
     for name in after:
         print(f"{name:30} before {before[name]:.3f}   after {after[name]:.3f}")
     print(f"model and metrics are in {out}")
-
 
 # ==== Part 9. The command line
 #
@@ -1072,7 +1041,7 @@ METHODS = {
     "sft": {"sizes": [1], "ratios": [1], "thresholds": [INF], "prefix_loss": "sft"},
 }
 MATH = {"lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32,
-        "max_prompt": 1024, "max_response": 1024, "micro_tokens": 8192, "betas": [0.9, 0.95],
+        "max_prompt": 1024, "max_response": 1024, "micro_tokens": 4096, "betas": [0.9, 0.95],
         "weight_decay": 0.0, "eval_every": 20, "eval_size": 200, "save_every": 50}
 CLOCK = MATH | {"lr": 1e-3, "steps": 150, "prompts": 16, "max_prompt": 32,
                 "max_response": 56, "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
@@ -1083,12 +1052,10 @@ CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
 MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "micro_tokens",
               "kv_tokens", "speculate", "cuda_graphs", "recompute", "wandb", "out")
 
-
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
     def error(self, message: str) -> None:
         raise InputError(message + f" (see python {self.prog} --help)")
-
 
 def number(kind: type, low: float, high: float = INF) -> Callable[[str], float]:
     """A flag's type: a number from low to high."""
@@ -1099,7 +1066,6 @@ def number(kind: type, low: float, high: float = INF) -> Callable[[str], float]:
         return value
     read.__name__ = kind.__name__  # what argparse calls it in "invalid int value"
     return read
-
 
 def make_parser() -> Parser:
     """Every flag in one line, with its unit."""
@@ -1153,7 +1119,6 @@ def make_parser() -> Parser:
     add("--wandb", action="store_true", help="log to Weights & Biases as well")
     return parser
 
-
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Flags over the defaults of method and data set; with --resume, over the run's own settings.
 
@@ -1198,13 +1163,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.schedule = [MicroGroup(*x) for x in zip(args.sizes, args.ratios, args.thresholds)]
     return args
 
-
 def run_settings(folder: str | None) -> dict:
     """The settings of the run in this folder, {} if there is none."""
     config = Path(folder or "") / "config.json"
     settings = json.loads(config.read_text()).get("trapo", {}) if folder and config.exists() else {}
     return settings | {k: list(map(float, v)) for k, v in settings.items() if k == "thresholds"}
-
 
 def main(argv: list[str] | None = None) -> None:
     """Train; the embedded experiment first pretrains its base, unless that was done before."""
@@ -1224,13 +1187,13 @@ def main(argv: list[str] | None = None) -> None:
                                   f"--steps={args.base_steps}", "--resume"]))
             args.model = str(base)
         train(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (InputError, KeyboardInterrupt) as error:
+        print(f"error: {error or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, InputError) else 130) from None
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
