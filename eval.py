@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trapo
-from trapo import RANK, WORLD, InputError, Problem, Tokens, brief, load_policy, make_sampler, sample
+from trapo import (RANK, WORLD, InputError, Parser, Problem, Tokens, brief, load_policy,
+                   make_sampler, sample)
 
 # ==== Part 1. Statistics. An accuracy without its interval is half a result: on the 30 problems of
 # AIME two models 10 points apart may well be equally good.
@@ -250,7 +251,7 @@ def evaluate(args: Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write(path, [])
         write(saved, [{"settings": settings}])
-    sampler = make_sampler(policy.to(args.device), args.device)
+    sampler = make_sampler(policy, args.device)
     for benchmark in benchmarks:
         run_benchmark(sampler, tokenizer, benchmark, records, path, args)
     if RANK == 0:
@@ -261,7 +262,8 @@ NOT_METHOD = ["seed", "out", "device", "wandb", "save_every", "eval_every"]
 PANELS = {"reward_unguided": "unguided reward", "accuracy": "held-out accuracy",
           "guided": "share of rollouts guided", "entropy": "entropy, nats",
           "response_length": "response length, tokens", "total": "tokens generated, thousands"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+           "#888888")  # Okabe and Ito's, with grey for their yellow
 
 def read_run(folder: str) -> tuple[dict, pandas.DataFrame]:
     """A run's settings, and its metrics.jsonl as a table by step; InputError if there are none."""
@@ -357,11 +359,11 @@ def plot(keys: list[tuple[str, int]], metrics: tuple[pandas.DataFrame, ...], pat
         for i, method in enumerate(dict(keys)):
             seeds = pandas.concat([curve(m, key) for (name, _), m in zip(keys, metrics)
                                    if name == method], axis=1, join="inner")
-            axis.plot(seeds.mean(axis=1), label=method, color=COLOURS[i % 7], markersize=4,
-                      linestyle=("-", "--", "-.", ":")[i % 4], marker="osD^vPX"[i % 7],
-                      markevery=max(1, len(seeds) // 8))
+            axis.plot(seeds.mean(axis=1), label=method, color=COLOURS[i % 8],
+                      linestyle=("-", "--", "-.", ":")[i % 4], marker="osD^vPX*"[i % 8],
+                      markersize=4, markevery=max(1, len(seeds) // 8))
             axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
-                              color=COLOURS[i % 7], linewidth=0)
+                              color=COLOURS[i % 8], linewidth=0)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.3)
     figure.supxlabel("training step (bands: least to most over seeds; noisy curves: running means)")
@@ -497,11 +499,6 @@ def speed(args: Namespace, rest: list[str]) -> None:
 
 # ==== Part 6. The command line.
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is an InputError: one line."""
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see python {self.prog} --help)")
-
 def make_parser() -> Parser:
     """Three subcommands; every flag in one line, with its unit."""
     def count(text: str) -> int:
@@ -509,10 +506,10 @@ def make_parser() -> Parser:
             raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
         return int(text)
 
-    show = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = Parser(description="Benchmarks, comparisons of training runs, and speed.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("model", help="accuracy of a model", **show).add_argument
+    add = commands.add_parser("model", help="accuracy of a model", **style).add_argument
     add("model", help="a run's folder, another local model, a Hub id or a bare Qwen name")
     add("--on", nargs="+", default=[], help=f"any of {', '.join(BENCHMARKS)}, or files")
     add("--samples", type=count, help="samples a problem; default: AIME and AMC 32, others 1")
@@ -527,13 +524,13 @@ def make_parser() -> Parser:
     add("--out", help="folder of the results; default: <model>/eval")
     add("--overwrite", action="store_true", help="forget the evaluation in --out")
     add("--rescore", action="store_true", help="grade the saved samples again, generate nothing")
-    add = commands.add_parser("runs", help="training runs compared", **show).add_argument
+    add = commands.add_parser("runs", help="training runs compared", **style).add_argument
     add("folders", nargs="+", help="folders of training runs")
     add("--against", help="also the differences to this method, paired by seed")
     add("--plot", help="draw learning curves into this file")
     add("--markdown", action="store_true", help="tables in markdown")
     add = commands.add_parser("speed", help="speed and memory of this machine; further flags are "
-                              "trapo.py's: --prompts, --max-response, ...", **show).add_argument
+                              "trapo.py's: --prompts, --max-response, ...", **style).add_argument
     add("--model", help="random:NAME of " + ", ".join(SHAPES) + "; or as trapo.py's --model")
     add("--batches", type=count, nargs="+", default=[8, 32, 128], help="rows sampled at a time")
     add("--prompt-tokens", type=count, default=64, help="length of the prompts, tokens")

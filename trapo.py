@@ -188,43 +188,37 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
     def draw(branches: Iterable[tuple[int, int, bool]]) -> None:
         """Fill `drawn` for (problem, micro-group, guided) branches with one generate call."""
         requests, limits, slots = [], [], []
-        for i, m, guided in branches:
-            prefix = expert_prefix(solutions[i][m], schedule[m].ratio, breaks) if guided else []
-            complete = guided and len(prefix) == len(solutions[i][m])  # nothing left to generate
-            drawn[i, m, guided] = [(prefix, [])] * schedule[m].size
+        for i, m, helped in branches:
+            prefix = expert_prefix(solutions[i][m], schedule[m].ratio, breaks) if helped else []
+            complete = helped and len(prefix) == len(solutions[i][m])  # nothing left to generate
+            drawn[i, m, helped] = [(prefix, [])] * schedule[m].size
             for slot in range(0 if complete else schedule[m].size):
                 requests.append(problems[i].prompt_ids + prefix)
                 limits.append(max(0, max_response - len(prefix)))
-                slots.append((drawn[i, m, guided], slot, prefix))
+                slots.append((drawn[i, m, helped], slot, prefix))
         completions = generate(requests, limits) if requests else []
         for (branch, slot, prefix), completion in zip(slots, completions, strict=True):
             branch[slot] = (prefix, completion)
 
-    if speculate:
-        draw((i, m, guided) for m, group in enumerate(schedule) for i in range(len(problems))
-             for guided in possible_branches(m, group, solutions[i][m]))
+    def guided(i: int, m: int, returns: list[float]) -> bool:
+        return solutions[i][m] is not None and is_guided(returns, schedule[m])
+
+    if speculate:  # returns lie in [0, 1], so the two extremes show what may be decided
+        draw(dict.fromkeys((i, m, guided(i, m, returns)) for m in range(len(schedule))
+                           for i in range(len(problems))
+                           for returns in ([[0.0], [1.0]] if m else [[]])))
     groups: list[list[Rollout]] = [[] for _ in problems]
-    for m, group in enumerate(schedule):
-        chosen = [(i, m, solutions[i][m] is not None
-                   and is_guided([r.reward for r in groups[i]], group))
+    for m in range(len(schedule)):
+        chosen = [(i, m, guided(i, m, [r.reward for r in groups[i]]))
                   for i in range(len(problems))]
         if not speculate:
             draw(chosen)
-        for i, m, guided in chosen:
-            for prefix, completion in drawn[i, m, guided]:
+        for i, m, helped in chosen:
+            for prefix, completion in drawn[i, m, helped]:
                 reward = score(problems[i], prefix + completion)
                 groups[i].append(
                     Rollout(problems[i].prompt_ids, prefix, completion, reward, m))
     return groups
-
-def possible_branches(m: int, group: MicroGroup, solution: Tokens | None) -> list[bool]:
-    """Which of guided / not guided micro-group m may turn out to be, before any reward is known."""
-    if solution is None:
-        return [False]
-    if m == 0:  # no rollout precedes it: its decision is known
-        return [is_guided([], group)]
-    return [guided for guided, possible in ((False, group.threshold < math.inf),
-                                            (True, group.threshold > -math.inf)) if possible]
 
 # ==== Part 3. The policy: loading it, sampling from it, and the log-probs that training needs.
 def load_policy(name: str) -> tuple[nn.Module, object]:
@@ -238,8 +232,11 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
-        policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        policy, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:  # transformers would draw them at random
+            raise ValueError(f"it lacks {', '.join(report['missing_keys'])}")
+    except Exception as error:  # the Hub, the network and safetensors all raise their own
         tried = "that folder" if local else f"the folder ./{name} and the Hub id {path}"
         raise InputError(f"cannot load model '{name}' (tried {tried}: {brief(error)}); "
                          "give a local folder: --model path/to/model") from error
@@ -291,11 +288,11 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
     policy.eval()  # in train mode gradient checkpointing would drop the cache
     completions: list[Tokens] = [[] for _ in requests]
     logprobs: list[list[float]] = [[] for _ in requests]
-    # Every request has its own random numbers, so what it draws depends neither on the requests
-    # beside it, nor on how they are split, nor on when finished rows leave the batch.
+    # Every request has its own random numbers, so what it draws depends neither on how the requests
+    # are split, nor on when finished rows leave the batch.
     noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
     live = [i for i, limit in enumerate(limits) if limit > 0]
-    for batch in micro_batches([len(requests[i]) + limits[i] for i in live], kv_tokens):
+    for batch in micro_batches([len(requests[i]) + max(limits) for i in live], kv_tokens):
         batch = [live[b] for b in batch]
         drawn = decode(policy, [requests[i] for i in batch], [limits[i] for i in batch],
                        noise[batch], temperature, static)
@@ -460,8 +457,10 @@ def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
 # wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
 # their order, nor leaving out rollouts that add exactly nothing can change it.
 def is_inert(rollout: Rollout, advantage: float, prefix_loss: str) -> bool:
-    """Is this rollout's gradient exactly zero? No advantage, and no supervised loss on a prefix."""
-    return advantage == 0 and not (rollout.prefix and prefix_loss in ("trsft", "sft"))
+    """Is this rollout's gradient exactly zero? Then the update leaves it out."""
+    supervised = rollout.prefix and prefix_loss in ("trsft", "sft")
+    reinforced = advantage != 0 and (rollout.completion or prefix_loss == "luffy")
+    return not (supervised or reinforced)
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices cut into micro-batches of at most `budget` padded tokens (or one sequence).
@@ -571,35 +570,40 @@ def read_row(row: dict) -> tuple[str, list[str], str]:
     """
     if "reward_model" in row:
         problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
-        texts = [m["content"] for m in row.get("target") or []]
-        solutions = [re.sub(r"</?think>\n?", "", text) for text in texts]
-        return problem, solutions, str(row["reward_model"]["ground_truth"])
-    if "question" in row and "####" in str(row["answer"]):  # with calculator marks <<48/2=24>>
+        answer = row["reward_model"]["ground_truth"]
+        solutions = [re.sub(r"</?think>\n?", "", m["content"]) for m in row.get("target") or []]
+    elif "question" in row and "####" in str(row["answer"]):  # with calculator marks <<48/2=24>>
+        problem = row["question"]
         solution, _, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
         answer = answer.strip().replace(",", "")
-        return row["question"], [f"{solution.strip()}\n\\boxed{{{answer}}}"], answer
-    solution = row.get("solution")
-    solutions = [solution] if isinstance(solution, str) else list(solution or [])
-    answer = "" if row["answer"] is None else str(row["answer"])
-    return row["problem" if "problem" in row else "question"], solutions, answer
+        solutions = [f"{solution.strip()}\n\\boxed{{{answer}}}"]
+    else:
+        problem, answer = row["problem" if "problem" in row else "question"], row["answer"]
+        solutions = row.get("solution") or []
+        solutions = solutions if isinstance(solutions, list) else [solutions]
+    problem, answer, *solutions = ("" if x is None else str(x).strip()
+                                   for x in (problem, answer, *solutions))
+    return problem, solutions, answer
 
-def load_rows(dataset: str, split: str = "train") -> Iterable[dict]:
+def load_rows(dataset: str, split: str = "train"):
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had."""
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
+    disable_progress_bars()
     try:
         if dataset in HUB:
             return load_dataset(*HUB[dataset], split=split)
         return load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
     except Exception as error:  # the Hub, the network and the parsers all raise their own
         source = f"Hub data set {HUB[dataset][0]}" if dataset in HUB else f"file {dataset}"
-        raise InputError(f"cannot read the {source} ({brief(error)}); a local file works too: "
-                         "--dataset path/to/rows.jsonl") from error
+        raise InputError(f"cannot read the {source} ({brief(error.__cause__ or error)}); a local "
+                         "file works too: --dataset path/to/rows.jsonl") from error
 
-def make_problems(rows: Iterable[dict], tokenizer, args: Namespace) -> list[Problem]:
+def make_problems(rows: Iterable[dict], tokenizer, args: Namespace,
+                  heldout: bool = False) -> list[Problem]:
     """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
 
-    A row without a solution stays, and is never guided. Lengths are limited by args.max_prompt and
-    args.max_response, in tokens.
+    A row without a solution stays, and is never guided; `heldout` rows need none. Lengths are
+    limited by args.max_prompt and args.max_response, in tokens.
     """
     def encode(text: str) -> Tokens:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -611,14 +615,15 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Namespace) -> list[Prob
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise InputError(f"cannot read a row with columns {', '.join(row)}: expected problem, "
                              "answer (and solution), or GSM8K's or OpenR1's columns") from error
+        texts = [] if heldout else texts
         prompt = f"{problem}\n{INSTRUCTION}"
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
         ) if tokenizer.chat_template else prompt + "\n\n"
         prompt_ids = encode(prompt)
-        solutions = [encode(t.strip()) + [tokenizer.eos_token_id] for t in texts if t and t.strip()]
+        solutions = [encode(text) + [tokenizer.eos_token_id] for text in texts if text]
         short = [s for s in solutions if len(s) <= args.max_response]
-        why = ("no problem or answer" if not (problem or "").strip() or not answer.strip() else
+        why = ("no problem or answer" if not problem or not answer else
                "empty solution" if texts and not solutions else
                "prompt too long" if len(prompt_ids) > args.max_prompt else
                "solution too long" if texts and not short else "")
@@ -634,12 +639,15 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Namespace) -> list[Prob
 
 def math_task(tokenizer, args: Namespace) -> Task:
     """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
-    train = make_problems(load_rows(args.dataset), tokenizer, args)
+    rows = load_rows(args.dataset)
     if args.dataset == "gsm8k":
-        heldout = make_problems(load_rows("gsm8k", "test"), tokenizer, args)[:args.eval_size]
+        test = load_rows("gsm8k", "test")
+        test = test.select(range(min(args.eval_size, len(test))))
     else:
-        cut = len(train) - min(args.eval_size, len(train) // 10)
-        train, heldout = train[:cut], train[cut:]
+        cut = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, test = rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    train = make_problems(rows, tokenizer, args)
+    heldout = make_problems(test, tokenizer, args, heldout=True) if len(test) else []
 
     def score(problem: Problem, response: Tokens) -> float:
         return math_reward(tokenizer.decode(response, skip_special_tokens=True), problem.answer)
@@ -814,9 +822,11 @@ def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False)
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    for source in temporary.iterdir() if last else ():
-        os.replace(source, out / source.name)
-    if not last:
+    if last:
+        for source in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(source, out / source.name)  # the weights last: then all is there
+        temporary.rmdir()
+    else:
         os.replace(temporary, final)
     for older in checkpoints(out)[:-2]:
         shutil.rmtree(older)
@@ -839,7 +849,7 @@ def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
 def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
                step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then the update: (metrics over all processes, this process's groups)."""
-    seconds, drawn, generated = {"sample": 0.0, "score": 0.0}, {}, 0
+    seconds, drawn, generated = {"sample": 0.0}, {}, 0
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
         nonlocal generated
@@ -852,30 +862,27 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
         seconds["sample"] += time.perf_counter() - started
         return completions
 
-    def score(problem: Problem, response: Tokens) -> float:
-        started = time.perf_counter()
-        reward = task.score(problem, response)
-        seconds["score"] += time.perf_counter() - started
-        return reward
-
     # ---- Rollout phase
+    started = time.perf_counter()
     rng = random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
-    groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate, score,
-                           rng, args.speculate, args.max_response, task.breaks)
+    groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate,
+                           task.score, rng, args.speculate, args.max_response, task.breaks)
+    seconds["score"] = time.perf_counter() - started - seconds["sample"]
     rewards = torch.tensor([[r.reward for r in group] for group in groups])
     advantages = group_advantages(rewards).flatten().tolist()
     rollouts = [r for group in groups for r in group]
 
     # ---- Learning phase
-    started, old = time.perf_counter(), {}
+    started, old, statistics = time.perf_counter(), {}, {}
     decay = min(1, 2 * (1 - step / args.steps)) if args.decay else 1
     for parameters in optimizer.param_groups:
         parameters["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
     for _ in range(args.updates):
         for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
             p.grad = torch.zeros_like(p)
-        statistics = accumulate_gradients(policy, rollouts, advantages, args, old, drawn)
+        counted = accumulate_gradients(policy, rollouts, advantages, args, old, drawn)
+        statistics = statistics or counted  # of the first update, which is on policy
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         norm = float(norm.full_tensor() if WORLD > 1 else norm)
         if not math.isfinite(norm):
@@ -890,7 +897,7 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
         "tokens_trained": [sum(len(r.prefix + r.completion) for r in trained), RANK == 0],
         "rollouts_skipped": [len(rollouts) - len(trained), RANK == 0]}
     flat = all_reduce([float(x) for pair in statistics.values() for x in pair])
-    metrics = {name: total / count if count else None
+    metrics = {name: total / count if count and math.isfinite(total) else None
                for name, total, count in zip(statistics, flat[::2], flat[1::2])}
     peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
@@ -906,7 +913,8 @@ def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
 
     own = [r for r in rollouts if r.completion]
     return {
-        "reward_unguided": tally(r.reward for r in rollouts if not r.prefix),
+        # Of the first micro-group alone: later rollouts are free where the first ones went well.
+        "reward_unguided": tally(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
         "reward_guided": tally(r.reward for r in rollouts if r.prefix),
         "guided": tally(bool(r.prefix) for r in rollouts),
         **{f"guided_{m + 1}": tally(bool(r.prefix) for r in rollouts if r.micro_group == m)
@@ -959,6 +967,10 @@ def train(args: Namespace) -> None:
         state = torch.load(saved[0] / "trainer.pt", map_location="cpu", weights_only=True)
         full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
         start = state["step"]
+        if start > args.steps:
+            raise InputError(f"the run in {out} is at step {start} already: give --steps beyond")
+    elif args.resume and RANK == 0:
+        print(f"no checkpoint in {out}: from the beginning")
     record = open_log(out, start, policy, args)
     if start == 0 and task.heldout:
         record({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
@@ -969,7 +981,7 @@ def train(args: Namespace) -> None:
         began, done = time.perf_counter(), step + 1
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
         bad = bad + 1 if metrics["grad_norm"] is None else 0
-        if bad:
+        if bad and RANK == 0:
             tqdm.write(f"step {done}: the loss or its gradient is not finite, update skipped")
         if task.heldout and (done == args.steps or done % args.eval_every == 0):
             metrics["eval"] = evaluate(sampler, task, args, whole=done == args.steps)
@@ -984,8 +996,10 @@ def train(args: Namespace) -> None:
             save(policy, tokenizer, optimizer, done, out)
         if stop:
             bar.close()
-            print(f"stopped after step {done}: " + ("three updates in a row were not finite; try a "
-                  "lower --lr" if bad == 3 else f"go on with python trapo.py --resume --out {out}"))
+            if RANK == 0:
+                print(f"stopped after step {done}: " + (
+                    "three updates in a row were not finite; try a lower --lr" if bad == 3 else
+                    f"go on with python trapo.py --resume --out {out}"))
             raise SystemExit(1 if bad == 3 else 130)
     save(policy, tokenizer, optimizer, args.steps, out, last=True)
     all_reduce([0])  # the files are there
@@ -1003,8 +1017,11 @@ def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict],
     all_reduce([0])  # nobody writes before everybody has read
     if RANK:
         return lambda metrics: None
-    for old in checkpoints(out) if args.overwrite else ():
-        shutil.rmtree(old)
+    if args.overwrite:
+        for old in checkpoints(out):
+            shutil.rmtree(old)
+        for old in out.glob("model*.safetensors*"):
+            old.unlink()
     path, temporary = out / "metrics.jsonl", out / ".metrics"
     lines = path.read_text().splitlines() if start and path.exists() else []
     out.mkdir(parents=True, exist_ok=True)
@@ -1100,7 +1117,7 @@ def make_parser() -> Parser:
     add("--lr", type=positive, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up")
     add("--decay", action="store_true", help="in the second half, lr falls linearly to 0")
-    add("--betas", type=share, nargs=2, help="AdamW's decay rates")
+    add("--betas", type=number(float, 0, 1 - 1e-9), nargs=2, help="AdamW's decay rates")
     add("--weight-decay", type=share, help="AdamW's weight decay")
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clip, L2 norm")
     add("--updates", type=count, default=1, help="updates per batch of rollouts")
@@ -1117,7 +1134,7 @@ def make_parser() -> Parser:
     add("--recompute", action="store_true", help="gradient checkpointing of the layers")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="folder of the run; runs/<model>-<method>-seed<seed> by default")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
     add("--eval-every", type=count, help="steps between evaluations")
     add("--eval-size", type=number(int, 0), help="held-out problems")
     add("--save-every", type=count, help="steps between checkpoints")
@@ -1136,19 +1153,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     embedded = not first.model or run_settings(first.model).get("dataset") in CLOCKS
     dataset = first.dataset or ("clock" if embedded else "gsm8k")
     parser.set_defaults(**CLOCKS.get(dataset, MATH), dataset=dataset)
-    parser.set_defaults(**METHODS[parser.parse_args(argv).method])
-    before = run_settings(first.out) if first.resume else {}
+    method = parser.parse_args(argv).method
+    name = Path(first.model).name if first.model else dataset
+    parser.set_defaults(**METHODS[method], out=f"runs/{name}-{method}-seed{first.seed}")
+    before = run_settings(parser.parse_args(argv).out) if first.resume else {}
     parser.set_defaults(**before)
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("speculate", "cuda_graphs"):
         if getattr(args, name) is None:
             setattr(args, name, args.device == "cuda")
-    name = Path(args.model).name if args.model else args.dataset
-    args.out = args.out or f"runs/{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
     changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k) != before[k]]
     for wrong, message in (
+            (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
+            (out.exists() and not out.is_dir(), f"--out {out} is a file: give a folder"),
             (changed, f"--resume cannot change {', '.join(changed)} of the run in {out}: leave the "
              "flag out, or start a new run with another --out"),
             (not len(args.sizes) == len(args.ratios) == len(args.thresholds),
@@ -1173,7 +1192,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def run_settings(folder: str | None) -> dict:
     """The settings of the run in this folder, {} if there is none."""
     config = Path(folder or "") / "config.json"
-    settings = json.loads(config.read_text()).get("trapo", {}) if folder and config.exists() else {}
+    try:
+        settings = json.loads(config.read_text()).get("trapo", {}) if config.exists() else {}
+    except (ValueError, OSError) as error:
+        raise InputError(f"cannot read {config}: {brief(error)}") from error
     return settings | {k: list(map(float, v)) for k, v in settings.items() if k == "thresholds"}
 
 def main(argv: list[str] | None = None) -> None:
@@ -1192,11 +1214,12 @@ def main(argv: list[str] | None = None) -> None:
                 if RANK == 0:
                     print(f"pretraining the base, once for seed {args.seed}")
                 train(parse_args(["--dataset=clock-corpus", f"--seed={args.seed}", f"--out={base}",
-                                  f"--steps={args.base_steps}", "--resume"]))
+                                  f"--steps={args.base_steps}", f"--device={args.device}",
+                                  "--resume"]))
             args.model = str(base)
         train(args)
     except (InputError, KeyboardInterrupt) as error:
-        print(f"error: {error or 'interrupted'}", file=sys.stderr)
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 130) from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
