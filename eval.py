@@ -173,6 +173,10 @@ def run_benchmark(sampler: nn.Module, tokenizer, benchmark: Benchmark, records: 
     """
     size, n = max(1, args.chunk // benchmark.samples), len(benchmark.problems)
     mine = [r for r in records if r["benchmark"] == benchmark.name]
+    answers = [p.answer for p in benchmark.problems]
+    if any((r["of"], r["answer"]) != (n, answers[r["problem"] % n]) for r in mine):
+        raise InputError(f"{path} holds samples of other problems by the name {benchmark.name}: "
+                         "give another --out, or --overwrite it")
     right, done = [r["correct"] for r in mine], [{r["problem"] for r in mine}]
     if WORLD > 1:
         dist.broadcast_object_list(done)
@@ -493,7 +497,9 @@ def speed(args: Namespace, rest: list[str]) -> None:
         flops = (6 * (body * (tokens + prompt * rollouts) + head * tokens) / seconds).median()
         card = torch.cuda.get_device_name() if cuda else ""
         mfu = [f", MFU {flops / peak:.1%}" for key, peak in PEAKS.items() if key in card]
-        print(f"  sampling {steps.seconds_sample.median():.4g} s, update {seconds.median():.4g} s, "
+        print(f"  sampling {steps.seconds_sample.median():.4g} s "
+              f"({steps.tokens_generated.median():g} tokens), "
+              f"update {seconds.median():.4g} s ({tokens.median():g} tokens), "
               f"{(tokens / seconds).median():.4g} tokens/s, {flops:.3g} FLOP/s, "
               f"{flops / reference:.1%} of the matrix product" + "".join(mfu[:1]))
 

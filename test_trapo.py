@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface is imported: a test nev
 
 import datasets
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -1408,7 +1409,7 @@ def test_a_model_that_cannot_be_had_is_refused_in_one_line(capsys, stand_in):
 @pytest.mark.parametrize("text, words", [
     ('{"problem": "P", "text": "T"}', ["problem, text", "answer"]),  # found and expected columns
     ("", ["rows.jsonl"]), ("no JSON", ["rows.jsonl"]),
-    ('{"problem": "P", "answer": ""}', ["usable"]), ('{"problem": 7, "answer": "4"}', []),
+    ('{"problem": "P", "answer": ""}', ["usable"]),
     (json.dumps({**PLAIN_ROWS[0], "problem": "long " * 999}), ["usable", "--max-prompt"])])
 def test_data_that_cannot_be_used_are_refused_in_one_line(text, words, capsys, stand_in):
     """Missing columns, an empty file, no JSON, and rows of which none is usable."""
@@ -1466,3 +1467,427 @@ def test_help_explains_every_flag_in_a_line(capsys):
     for flag in ("--method", "--sizes", "--ratios", "--thresholds", "--prefix-loss", "--alpha",
                  "--snap-prefix", "--speculate", "--resume", "--overwrite", "--steps", "--lr"):
         assert re.search(rf"^ +{flag}\b", text, re.MULTILINE), flag
+
+
+# ==== Part 7 again: several processes (torchrun, gloo on the CPU) ================================
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    """Run a script in two processes, as a user would; it must end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments],
+        cwd=HERE, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def sft_run(out: Path, steps: int) -> list[str]:
+    """A run that draws nothing, so that it can be compared number by number.
+
+    Five prompts on two processes, in small micro-batches: the ranks have different numbers of them.
+    """
+    base = out.parent / "base"
+    if not base.exists():
+        policy, tokenizer = clock_model(0)
+        policy.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    return ["--model", str(base), "--dataset", "clock", "--method", "sft", "--prompts", "5",
+            "--micro-tokens", "70", "--eval-size", "0", "--save-every", "2", "--device", "cpu",
+            "--steps", str(steps), "--out", str(out)]
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Two runs logged the same numbers and ended in the same weights, to 1e-5."""
+    for x, y in zip(metrics_of(a), metrics_of(b), strict=True):
+        for name in x.keys() - {"peak_memory_gib"}:
+            if not name.startswith("seconds"):
+                expected = None if x[name] is None else pytest.approx(x[name], rel=1e-5, abs=1e-7)
+                assert y[name] == expected, (x["step"], name)
+    x, y = (safetensors.torch.load_file(run / "model.safetensors") for run in (a, b))
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=0, atol=1e-5)
+
+
+def test_two_processes_do_the_work_of_one_and_either_resumes_the_other(tmp_path):
+    """Same losses, gradient norms, counts and weights, over two steps each of two, one, two."""
+    main(sft_run(tmp_path / "alone", 6))
+    run = tmp_path / "run"
+    done = torchrun("trapo.py", *sft_run(run, 2))
+    assert done.returncode == 0, done.stderr
+    assert [m["step"] for m in metrics_of(run)] == [1, 2]  # one line a step: one process writes
+    main(["--resume", "--out", str(run), "--steps", "4"])
+    done = torchrun("trapo.py", "--resume", "--out", str(run), "--steps", "6")
+    assert done.returncode == 0, done.stderr
+    same_run(tmp_path / "alone", run)
+
+
+def test_embedded_experiment_runs_when_a_process_has_no_prompt(tmp_path):
+    """One prompt for two processes: the second samples nothing, trains nothing, and waits."""
+    done = torchrun("trapo.py", "--out", str(tmp_path / "run"), "--base-steps", "2", "--steps", "2",
+                    "--prompts", "1", "--eval-size", "3", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["logprob_gap"] is None or last["logprob_gap"] < 1e-5  # the copy is kept fresh
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+def test_an_error_in_one_process_ends_the_run_with_that_error(tmp_path):
+    """No hang: the second process fails in its update while the first waits for it."""
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import trapo\n"
+        "def fail(*_): raise RuntimeError('the second process is out of luck')\n"
+        "if trapo.RANK == 1: trapo.accumulate_gradients = fail\n"
+        "trapo.main()\n")
+    done = torchrun(str(script), str(HERE), *sft_run(tmp_path / "run", 2))
+    assert done.returncode != 0
+    assert "the second process is out of luck" in done.stderr
+
+
+# ==== eval.py: benchmarks, comparisons of runs, speed ============================================
+import statistics
+from itertools import combinations
+
+import eval as evaluation
+from eval import bootstrap_interval, load_benchmark, mean_interval, pass_at_k, t_quantile
+
+DATA = Path(trapo.__file__).parent.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no evaluation files in {DATA}")
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample():
+    """Brute force: all k-subsets of n samples, c of them right."""
+    for n in range(1, 7):
+        for c, k in product(range(n + 1), range(1, n + 1)):
+            subsets = combinations([True] * c + [False] * (n - c), k)
+            assert pass_at_k(n, c, k) == pytest.approx(statistics.fmean(map(any, subsets)))
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    """No more right samples than samples, no more draws than samples, at least one draw."""
+    with pytest.raises(ValueError, match="pass_at_k"):
+        pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize("df, printed", [
+    (1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042),
+    (100, 1.984), (10 ** 6, 1.960)])
+def test_students_t_is_that_of_the_printed_tables(df, printed):
+    """The column of 97.5 %, to the third decimal."""
+    assert t_quantile(df) == pytest.approx(printed, abs=5e-4)
+
+
+def test_mean_interval_by_hand():
+    """1, 2, 3: standard deviation 1, standard error 1 / sqrt(3), two degrees of freedom."""
+    assert mean_interval([1, 2, 3]) == pytest.approx((2, 4.30265 / math.sqrt(3)), rel=1e-5)
+    assert mean_interval([5, 5]) == (5, 0)
+    assert mean_interval([7])[0] == 7 and math.isnan(mean_interval([7])[1])
+    assert math.isnan(mean_interval([])[0])
+
+
+def test_bootstrap_interval_by_hand():
+    """50 of 100 right: the binomial distribution's 2.5 % and 97.5 % lie at 40 and 60."""
+    assert bootstrap_interval([0.0, 1.0] * 50) == pytest.approx((0.4, 0.6), abs=0.011)
+    assert bootstrap_interval([0.0, 1.0]) == (0, 1)  # a quarter each: both wrong, both right
+    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+
+
+def record(benchmark, problem, sample, correct, of=2, **more):
+    return {"benchmark": benchmark, "problem": problem, "of": of, "sample": sample,
+            "response": "\\boxed{7}", "answer": "7", "correct": float(correct), "note": "",
+            "tokens": 10, "truncated": False, **more}
+
+
+def test_results_by_hand():
+    """1 of 2 samples right, and 0 of 2: avg@2 1/4, pass@2 1/2, and means from 0 to 1/2."""
+    rows = [record("b", 0, 0, 1, tokens=30), record("b", 0, 1, 0, truncated=True),
+            record("b", 1, 0, 0), record("b", 1, 1, 0, note="broken")]
+    evaluation.report({}, rows, Path("."))
+    found = json.loads(Path("results.json").read_text())["benchmarks"]["b"]
+    assert found == {"problems": 2, "of": 2, "k": 2, "avg@k": 0.25, "low": 0, "high": 0.5,
+                     "pass@k": 0.5, "pass@1..k": [0.25, 0.5], "truncated": 0.25,
+                     "unreadable": 0.25, "tokens": 15}
+
+
+def test_the_five_benchmark_average_wants_all_five_complete():
+    """The mean of the five avg@k, from the Hub's benchmarks or the authors' files; else nothing."""
+    names = ["aime24", "valid.amc", "math500", "valid.minerva", "olympiad"]
+    rows = [record(name, 0, 0, i < 2, of=1) for i, name in enumerate(names)]
+    half = [rows[0] | {"of": 2}, *rows[1:]]
+    for given, expected in ((rows, 0.4), (rows[1:], None), (half, None)):
+        evaluation.report({}, given, Path("."))
+        assert json.loads(Path("results.json").read_text())["table_1_average"] == expected
+
+
+@needs_data
+@pytest.mark.parametrize("name, problems, samples", [("aime", 30, 32), ("amc", 83, 32),
+                                                     ("minerva", 272, 1)])
+def test_identical_rows_of_the_authors_files_are_one_problem(name, problems, samples, tokenizer):
+    """32 rows of an AIME or AMC problem are one problem, sampled 32 times, in the file's order."""
+    path = str(DATA / f"valid.{name}.parquet")
+    found = load_benchmark(path, tokenizer)
+    assert (found.name, len(found.problems), found.samples) == (f"valid.{name}", problems, samples)
+    first = [trapo.read_row(row)[2] for row in load_rows(path)][::samples][:3]
+    assert [p.answer for p in found.problems[:3]] == first
+
+
+@pytest.mark.parametrize("row, answer", [
+    ({"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 1,002"}, "1002"),
+    ({"question": "Where?", "answer": "(1,2)"}, "(1,2)"),
+    ({"question": "Both?", "final_answer": ["$1$", "$2$"], "solution": [""]}, "$1$, $2$"),
+    ({"problem": "How many?", "answer": 142.0, "solution": ""}, "142.0")])
+def test_benchmarks_may_have_the_columns_of_any_of_the_data_sets(row, answer, tokenizer):
+    """GSM8K, Minerva, OlympiadBench, AMC; a row's solution does not matter."""
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    found = load_benchmark("rows.jsonl", tokenizer)
+    assert [p.answer for p in found.problems] == [answer] and found.samples == 2
+
+
+@needs_data
+def test_the_real_answers_verify_and_shuffled_ones_do_not():
+    """In the five files every \\boxed{answer} is right, but for at most two malformed ones."""
+    rows = [row for path in sorted(DATA.glob("valid.*.parquet")) for row in load_rows(str(path))]
+    answers = list(dict.fromkeys(trapo.read_row(row)[2] for row in rows))
+    assert len(answers) > 1000
+    assert len([a for a in answers if not math_reward(f"\\boxed{{{a}}}", a)]) <= 2
+    short = [a for a in answers if len(a) <= 8][::4]  # long ones take long
+    assert not [a for a, b in zip(short, short[1:]) if math_reward(f"\\boxed{{{b}}}", a)]
+
+
+@needs_data
+def test_all_solutions_of_gsm8ks_test_set_verify():
+    """The cleaned solution, which ends in \\boxed{answer}, earns the reward: 1319 times."""
+    rows = [trapo.read_row(json.loads(line)) for line in (DATA / "gsm8k_test.jsonl").open()]
+    assert [math_reward(solutions[0], answer) for _, solutions, answer in rows] == [1.0] * 1319
+
+
+def test_a_response_that_breaks_the_parser_is_wrong_and_says_so(monkeypatch):
+    """It is recorded as unreadable, and the evaluation goes on."""
+    broken = record("b", 0, 0, 1, response="\\boxed{no number here, said the parser}")
+    monkeypatch.setattr("math_verify.parse", lambda *_, **__: [][0])
+    evaluation.grade_record(broken)
+    assert (broken["correct"], broken["note"]) == (0.0, "list index out of range")
+
+
+# ---- Whole evaluations, of the stand-in for Qwen on a little file of five problems
+
+FEW = ("--on", "few.jsonl", "--samples", "2", "--max-tokens", "6", "--chunk", "4")
+
+
+@pytest.fixture
+def few():
+    """few.jsonl; its chunks are problems 0 and 1, 2 and 3, 4."""
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(5)]
+    Path("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def count_calls(monkeypatch, stop_at=None):
+    """Count what is drawn; Ctrl-C at the given call."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(len(args[1]))
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return sample(*args, **options)
+    monkeypatch.setattr(evaluation, "sample", counted)
+    return calls
+
+
+def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
+        stand_in, few, monkeypatch):
+    """It draws only what is missing, and ends with the very samples of an uninterrupted one."""
+    evaluation.main(["model", stand_in, *FEW, "--out", "whole"])
+    count_calls(monkeypatch, stop_at=2)
+    with pytest.raises(SystemExit, match="stopped"):
+        evaluation.main(["model", stand_in, *FEW, "--out", "cut"])
+    assert len(Path("cut/samples.jsonl").read_text().splitlines()) == 4
+    for expected in ([4, 2], []):
+        calls = count_calls(monkeypatch)
+        evaluation.main(["model", stand_in, *FEW, "--out", "cut"])
+        assert calls == expected
+        for name in ("samples.jsonl", "results.json"):
+            assert Path("cut", name).read_text() == Path("whole", name).read_text()
+    texts = [json.loads(line)["response"] for line in Path("cut/samples.jsonl").open()]
+    assert len(set(texts)) > 5  # every sample has random numbers of its own
+
+
+def test_another_benchmark_joins_the_results_and_other_settings_are_refused(stand_in, few, capsys):
+    """One folder holds one protocol: another temperature or file wants --out or --overwrite."""
+    args = ["model", stand_in, *FEW, "--out", "here", "--limit", "2"]
+    evaluation.main(args)
+    Path("more.jsonl").write_text(Path("few.jsonl").read_text())
+    evaluation.main([*args, "--on", "more.jsonl"])
+    assert list(json.loads(Path("here/results.json").read_text())["benchmarks"]) == ["few", "more"]
+    assert "another temperature" in refused([*args, "--temperature", "0"], capsys)
+    Path("few.jsonl").write_text(Path("few.jsonl").read_text().replace('"0"', '"1"'))
+    assert "other problems" in refused(args, capsys)
+    evaluation.main([*args, "--temperature", "0", "--overwrite"])
+    results = json.loads(Path("here/results.json").read_text())
+    assert list(results["benchmarks"]) == ["few"] and results["settings"]["temperature"] == 0
+
+
+def test_protocol_is_temperature_06_and_greedy_samples_once(stand_in, few, monkeypatch):
+    """Without flags: temperature 0.6, a sample per copy of the row; greedy: one."""
+    seen = []
+
+    def scripted(policy, requests, limits, temperature, **options):
+        seen.append((len(requests), limits[0], temperature))
+        return [[5]] * len(requests), []
+    monkeypatch.setattr(evaluation, "sample", scripted)
+    Path("twice.jsonl").write_text(Path("few.jsonl").read_text() * 2)
+    for flags in ((), ("--temperature", "0")):
+        evaluation.main(["model", stand_in, "--on", "twice.jsonl", "--out", f"out{flags}", *flags])
+    assert seen == [(10, 8192, 0.6), (5, 8192, 0)]
+
+
+def test_two_processes_give_what_one_gives(stand_in, few):
+    """Under torchrun the chunks are shared; the first process writes the same greedy samples."""
+    flags = ["model", stand_in, *FEW, "--temperature", "0", "--out"]
+    evaluation.main([*flags, "one"])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node", "2", evaluation.__file__, *flags, "two"], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=170)
+    for name in ("samples.jsonl", "results.json"):
+        assert Path("one", name).read_text() == Path("two", name).read_text()
+
+
+def test_rescore_grades_saved_samples_without_a_model(monkeypatch):
+    """A wrong verdict in the file is put right; nothing is loaded, nothing is drawn."""
+    evaluation.write(Path("samples.jsonl"), [record("b", 0, 0, 0), record("b", 1, 0, 1)])
+    evaluation.write(Path("results.json"), [{"settings": {"seed": 0}}])
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    evaluation.main(["model", "gone", "--rescore", "--out", "."])
+    results = json.loads(Path("results.json").read_text())
+    assert results["benchmarks"]["b"]["avg@k"] == 1 and results["settings"] == {"seed": 0}
+
+
+def test_the_embedded_model_is_evaluated_on_its_own_held_out_problems(monkeypatch):
+    """The four sets of its seed; the reward is the experiment's."""
+    policy, tokenizer = clock_model(0)
+    policy.config.trapo = {"dataset": "clock", "seed": 3, "max_response": 9}
+    policy.save_pretrained("run")
+    tokenizer.save_pretrained("run")
+    seven = tokenizer.convert_tokens_to_ids(["#", "7", "<eos>"])
+    monkeypatch.setattr(evaluation, "sample", lambda policy, requests, limits, *_, **__: (
+        [seven if limit == 9 else [] for limit in limits], []))
+    evaluation.main(["model", "run", "--limit", "40"])
+    heldout = clock_task(tokenizer, Namespace(dataset="clock", seed=3, eval_size=40)).heldout
+    found = json.loads(Path("run/eval/results.json").read_text())["benchmarks"]
+    assert {name: b["avg@k"] for name, b in found.items()} == {
+        f"clock: {name}": statistics.fmean(p.answer == "7" for p in problems)
+        for name, problems in heldout.items()}
+
+
+# ---- Comparisons of runs
+
+def write_run(name, method, seed, accuracy, tokens=1000, steps=2, **changes):
+    """A run's folder with two steps; its reward is the accuracy as well."""
+    settings = {"method": method, "seed": seed, "model": f"runs/base-{seed}", "steps": steps,
+                "out": name, "lr": 1e-3, **changes}
+    line = {"reward_unguided": accuracy, "guided": 0.5, "entropy": 1.0, "response_length": 9.0,
+            "tokens_generated": tokens, "tokens_trained": 500, "seconds_sample": 1.0,
+            "seconds_score": 0.5, "seconds_update": 2.5}
+    lines = [{"step": 0, "eval": {"held out": 0.0}}, {"step": 1, **line, "reward_unguided": None},
+             {"step": 2, **line, "eval": {"held out": accuracy, "greedy": 1.0}}]
+    Path(name).mkdir()
+    Path(name, "config.json").write_text(json.dumps({"trapo": settings}))
+    Path(name, "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"cut')
+    return name
+
+
+def four_runs():
+    return [write_run("a0", "trapo", 0, 0.4), write_run("a1", "trapo", 1, 0.6),
+            write_run("b0", "grpo", 0, 0.1, tokens=2000), write_run("b1", "grpo", 1, 0.2)]
+
+
+def test_runs_are_compared_with_students_interval_and_paired_by_seed(capsys):
+    """.4 and .6 give .5 +- 12.706 x .1; the differences .3 and .4 give .35 +- 12.706 x .05."""
+    evaluation.main(["runs", *four_runs(), "--against", "grpo", "--markdown"])
+    means, differences = capsys.readouterr().out.split("difference to grpo")
+    assert "|  | trapo (2) | grpo (2) |" in means
+    assert "| held out | 0.500 ± 1.271 | 0.150 ± 0.635 |" in means
+    assert "| greedy | 1.000 ± 0.000 | 1.000 ± 0.000 |" in means
+    assert "| unguided reward, last tenth | 0.500 ± 1.271 | 0.150 ± 0.635 |" in means
+    assert "| tokens generated (k) | 2.000 ± 0.000 | 3.000 ± 12.706 |" in means
+    assert "| seconds | 8.000 ± 0.000 | 8.000 ± 0.000 |" in means
+    assert "|  | trapo (2) |" in differences
+    assert "| held out | 0.350 ± 0.635 |" in differences
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_told_apart(capsys):
+    """The name of a method gets the settings in which its variants differ; bases do not count."""
+    runs = [*four_runs(), write_run("c0", "trapo", 0, 0.3, lr=1e-4)]
+    evaluation.main(["runs", *runs, "--against", "trapo lr=0.001", "--markdown"])
+    means, differences = capsys.readouterr().out.split("difference to")
+    assert "|  | trapo lr=0.001 (2) | grpo (2) | trapo lr=0.0001 (1) |" in means
+    assert "| held out | 0.500 ± 1.271 | 0.150 ± 0.635 | 0.300 |" in means
+    assert "| held out | -0.350 ± 0.635 | -0.100 |" in differences
+
+
+def test_curves_are_drawn_into_a_file():
+    """A PNG of some size."""
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+    evaluation.main(["runs", *four_runs(), "--plot", "curves.png"])
+    picture = Path("curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+# ---- Speed, and what is refused
+
+def test_speed_measures_the_products_own_code(capsys):
+    """Sampling, log-probs and whole steps, each against its plain counterpart."""
+    evaluation.main(["speed", "--prompts", "2", "--max-response", "6", "--prompt-tokens", "4",
+                     "--batches", "2", "--repeat", "1", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    for what in ("matrix product", "sample, batch 2", "model.generate, batch 2",
+                 "token_logprobs, batch 2", "plain log_softmax, batch 2", "step of grpo",
+                 "step of trapo, sequential", "step of trapo, speculative", "GiB", "tokens/s"):
+        assert what in printed
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-1.5B", 1_543_714_304), ("Qwen2.5-7B", 7_615_616_512)])
+def test_random_models_have_the_size_of_the_real_ones(name, parameters):
+    """The numbers of parameters that the real checkpoints have."""
+    policy = evaluation.speed_model(f"random:{name}", "meta")
+    assert sum(p.numel() for p in policy.parameters()) == parameters
+
+
+def refused(argv, capsys):
+    """The one line that is printed before the program ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(list(argv))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and lines[-1].startswith("error: ")
+    assert not [line for line in lines[:-1] if "s/s" not in line]  # progress bars: examples/s
+    return lines[-1]
+
+
+def test_bad_input_is_refused_in_one_line(stand_in, few, capsys, monkeypatch):
+    """No such model, benchmark, column, run, method, flag: said in one line, exit code 2."""
+    Path("bare.jsonl").write_text('{"problem": "1 + 1?"}\n')
+    for name in ("empty", "begun"):
+        write_run(name, "trapo", 0, 0.5)
+    Path("empty/metrics.jsonl").unlink()
+    Path("begun/metrics.jsonl").write_text('{"step": 0, "eval": {}}\n')
+    a0, _, b0, _ = four_runs()
+    model = ("model", stand_in, "--out", "out")
+    for argv, word in (
+            (("model", "nowhere", "--on", "few.jsonl"), "nowhere"), (model, "--on"),
+            ((*model, "--on", "gsm9k"), "gsm9k"), ((*model, "--on", "none.jsonl"), "none.jsonl"),
+            ((*model, "--on", "bare.jsonl"), "answer"),
+            ((*model, "--on", "aime25"), "math-ai/aime25"),
+            ((*model, "--on", "few.jsonl", "few.jsonl"), "once"),
+            ((*model, "--on", "few.jsonl", "--temperature", "-1"), "--temperature"),
+            ((*model, "--on", "few.jsonl", "--samples", "0"), "--samples"),
+            ((*model, "--rescore"), "no samples"), (("runs", "nowhere"), "nowhere"),
+            (("runs", "empty"), "metrics.jsonl"), (("runs", "begun"), "no finished step"),
+            (("runs", a0, a0), "same seed"), (("runs", a0, "--against", "luffy"), "luffy"),
+            (("runs", a0, "--against", "trapo"), "no run of another method"),
+            (("runs", a0, b0, "--sideways"), "--sideways"), (("dance",), "dance"),
+            (("speed", "--model", "random:Qwen3"), "Qwen3"),
+            (("speed", "--prompts", "0"), "prompts")):
+        assert word in refused(argv, capsys), argv
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in refused(("runs", a0, "--plot", "x.png"), capsys)

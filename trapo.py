@@ -30,7 +30,7 @@ policy's own *completion*. The 8 rollouts of a prompt form its *group*, drawn in
 Read downwards: 1 losses, 2 adaptive guidance, 3 the policy, 4 the update, 5 data and reward,
 6 the embedded experiment, 7 processes and checkpoints, 8 the training loop, 9 the command line.
 """
-import argparse, copy, functools, importlib.util, json, logging, math, os  # noqa: E401
+import argparse, copy, functools, importlib.util, itertools, json, logging, math, os  # noqa: E401
 import random, re, resource, shutil, signal, sys, threading, time  # noqa: E401
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -641,13 +641,12 @@ def math_task(tokenizer, args: Namespace) -> Task:
     """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
     rows = load_rows(args.dataset)
     if args.dataset == "gsm8k":
-        test = load_rows("gsm8k", "test")
-        test = test.select(range(min(args.eval_size, len(test))))
+        cut, test = len(rows), list(itertools.islice(load_rows("gsm8k", "test"), args.eval_size))
     else:
         cut = len(rows) - min(args.eval_size, len(rows) // 10)
-        rows, test = rows.select(range(cut)), rows.select(range(cut, len(rows)))
-    train = make_problems(rows, tokenizer, args)
-    heldout = make_problems(test, tokenizer, args, heldout=True) if len(test) else []
+        test = list(itertools.islice(rows, cut, None))
+    train = make_problems(itertools.islice(rows, cut), tokenizer, args)
+    heldout = make_problems(test, tokenizer, args, heldout=True) if test else []
 
     def score(problem: Problem, response: Tokens) -> float:
         return math_reward(tokenizer.decode(response, skip_special_tokens=True), problem.answer)
