@@ -659,8 +659,8 @@ def math_task(tokenizer, args: Namespace) -> Task:
 #
 # A 24-hour clock shows h; k times some hours (1-9) are added or taken away, each step on a line
 # named by a letter. A tiny Qwen2 is "pretrained" from scratch on a textbook (prompts that end in
-# ":" and worked lines) and a quiz (prompts that end in "?" and mostly blurted answers): it knows
-# how to work, but does not when asked. The expert works, but rambles, takes wrong turns and
+# ":" and worked lines) and a quiz (prompts that end in "?" and blurted answers): it knows how to
+# work, but does not when asked. The expert works, but rambles, takes wrong turns and
 # corrects them, as R1's traces do. Chance is 4 %.
 #
 #     prompt   j 8 k -9 l +8 m +1 ?          direct   # 8 <eos>
@@ -673,7 +673,7 @@ CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, rang
                *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
 
 def clock_model(seed: int) -> tuple[nn.Module, object]:
-    """An untrained Qwen2-sized-down (0.14 M parameters) and its word-level tokenizer.
+    """An untrained Qwen2 of 94 272 parameters, and its word-level tokenizer.
 
     By Llama's class with attention biases, which is Qwen2's architecture: beside a config of type
     qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own.
@@ -716,8 +716,8 @@ def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool
 def clock_task(tokenizer, args: Namespace) -> Task:
     """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
 
-    `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft. First the
-    textbook alone, then the quiz mixed in. Reward 1 for `# answer <eos>` and exactly one `#`.
+    `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
+    Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`.
     """
     def score(problem: Problem, response: Tokens) -> float:
         ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
