@@ -546,6 +546,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand. Input that cannot be used: one line, exit code 2."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         args, rest = make_parser().parse_known_args(argv)
         if args.command == "speed" and WORLD == 1:

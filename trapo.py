@@ -851,6 +851,7 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
     seconds, drawn, generated = {"sample": 0.0}, {}, 0
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
+        """Sample, and remember the log-probs drawn with, the number of tokens and the time."""
         nonlocal generated
         started = time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
