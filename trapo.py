@@ -969,7 +969,7 @@ def train(args: Namespace) -> None:
         start = state["step"]
         if start > args.steps:
             raise InputError(f"the run in {out} is at step {start} already: give --steps beyond")
-    elif args.resume and RANK == 0:
+    elif args.resume and RANK == 0 and args.dataset != "clock-corpus":
         print(f"no checkpoint in {out}: from the beginning")
     record = open_log(out, start, policy, args)
     if start == 0 and task.heldout:
@@ -1208,6 +1208,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.dataset in CLOCKS:
+            torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
         if not args.model and args.dataset == "clock":
             base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
             if not (base / "model.safetensors").exists():
