@@ -1054,16 +1054,17 @@ def test_the_newest_two_checkpoints_are_kept_and_each_is_a_model_folder(base):
     assert [line["step"] for line in metrics_of("run")][-5:] == [1, 2, 3, 4, 5]
 
 
-def die_after(calls, argv):
+def die_after(calls, argv, function=None):
     """Run main(argv), but kill -9 this very process at the given function call of the training.
 
+    Args: function: count only the calls of this one.
     Returns: the number of function calls from the first training step on.
     """
     count = 0
 
-    def tick(*_):
+    def tick(frame, event, _):
         nonlocal count
-        count += 1
+        count += not function or (event == "call" and frame.f_code is function.__code__)
         if count == calls:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -1081,15 +1082,16 @@ def die_after(calls, argv):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base):
-    """kill -9 at random moments, wherever the program then is: the same metrics and weights."""
+    """kill -9 at random moments, and amid the writing of a checkpoint: same metrics and weights."""
     flags = ("--steps", "5", "--save-every", "2", "--eval-size", "1", "--updates", "2")
     calls = die_after(INF, tiny_run(base, "whole", *flags))
     rng, processes = random.Random(0), multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.models.llama", "test_trapo"])  # import once
+    moments = [(int(calls * rng.uniform(0.1, 0.14)), None), (1, torch.save),
+               (int(calls * rng.uniform(0.25, 0.35)), None), (2, torch.save)]
     argv = tiny_run(base, "killed", *flags)
-    for share in (0.2, 0.45):  # of the calls of a whole run
-        child = processes.Process(
-            target=die_after, args=(int(calls * share * rng.uniform(0.8, 1.2)), argv))
+    for moment, function in moments:
+        child = processes.Process(target=die_after, args=(moment, argv, function))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
