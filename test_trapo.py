@@ -18,6 +18,7 @@ import threading
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -569,31 +570,30 @@ PREFIX_TERMS = {
     "sft": lambda logp, a, alpha: -logp,
     "luffy": lambda logp, a, alpha: -a * logp.exp() / (logp.exp() + 0.1),
     "none": lambda logp, a, alpha: 0 * logp}
-BATCH = [(Rollout([3, 4, 5], [], [6, 7, 8, 1], 1.0, 0), 0.625),
-         (Rollout([3, 4, 5], [], [9, 10], 0.0, 0), -0.375),
-         (Rollout([11], [12, 13, 14], [15, 16, 17, 18, 19], 0.0, 1), -0.25),
-         (Rollout([11], [12, 13, 14, 15, 16, 17], [], 1.0, 3), 0.75),
-         (Rollout([20, 21], [22, 23, 3, 4], [5, 6], 1.0, 2), 0.0),  # inert without prefix loss
-         (Rollout([20, 21], [], [7, 8, 9], 1.0, 0), 0.0),           # inert
-         (Rollout([12, 13, 14, 15, 16, 17, 18], [], [19], 0.0, 0), -0.5)]
+BATCH = [Rollout([3, 4, 5], [], [6, 7, 8, 1], 1.0, 0, advantage=0.625),
+         Rollout([3, 4, 5], [], [9, 10], 0.0, 0, advantage=-0.375),
+         Rollout([11], [12, 13, 14], [15, 16, 17, 18, 19], 0.0, 1, advantage=-0.25),
+         Rollout([11], [12, 13, 14, 15, 16, 17], [], 1.0, 3, advantage=0.75),
+         Rollout([20, 21], [22, 23, 3, 4], [5, 6], 1.0, 2),  # inert without prefix loss
+         Rollout([20, 21], [], [7, 8, 9], 1.0, 0),           # inert
+         Rollout([12, 13, 14, 15, 16, 17, 18], [], [19], 0.0, 0, advantage=-0.5)]
 
 
 def batch_gradient(policy, batch, args):
     """What accumulate_gradients adds, of every parameter."""
     policy.zero_grad()
-    rollouts, advantages = zip(*batch)
-    accumulate_gradients(policy, list(rollouts), list(advantages), args, {}, {})
+    accumulate_gradients(policy, [replace(r, logprobs=None) for r in batch], args)
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
 
 
 def reference_gradient(policy, batch, args):
     """The loss as the issue writes it: one rollout at a time, nothing skipped, nothing padded."""
     total = 0.0
-    for r, advantage in batch:
+    for r in batch:
         sequence, split = r.prompt + r.prefix + r.completion, len(r.prefix)
         logp = naive(policy, sequence, len(r.prompt), args.temperature)
-        total += PREFIX_TERMS[args.prefix_loss](logp[:split], advantage, args.alpha).sum()
-        total += (-advantage * logp[split:]).sum()
+        total += PREFIX_TERMS[args.prefix_loss](logp[:split], r.advantage, args.alpha).sum()
+        total += (-r.advantage * logp[split:]).sum()
     policy.zero_grad()
     (total / (len(batch) * args.max_response)).backward()
     return [p.grad.clone() for p in policy.parameters()]
@@ -617,14 +617,14 @@ def test_gradient_is_that_of_the_loss_however_it_is_computed(monkeypatch, method
 
 def test_inert_rollouts_are_those_without_advantage_or_prefix_loss():
     """And they cost nothing: a batch of them never reaches the policy."""
-    free, guided, whole = BATCH[5][0], BATCH[4][0], BATCH[3][0]
+    whole, guided, free = BATCH[3:6]
     for kind, supervised in (("trsft", True), ("sft", True), ("luffy", False), ("none", False)):
-        assert is_inert(free, 0.0, kind) and not is_inert(free, -0.25, kind)
-        assert is_inert(guided, 0.0, kind) is not supervised
-        assert not is_inert(guided, 0.5, kind)
-        assert is_inert(whole, 0.75, kind) is (kind == "none")  # no token of its own
+        assert is_inert(free, kind) and not is_inert(replace(free, advantage=-0.25), kind)
+        assert is_inert(guided, kind) is not supervised
+        assert not is_inert(replace(guided, advantage=0.5), kind)
+        assert is_inert(whole, kind) is (kind == "none")  # no token of its own
     nothing = Table(torch.zeros(0, 30))
-    accumulate_gradients(nothing, [free, guided], [0.0, 0.0], settings("--method", "micro"), {}, {})
+    assert accumulate_gradients(nothing, [free, guided], settings("--method", "micro")) == 0.0
 
 
 class Table(torch.nn.Module):
@@ -644,9 +644,8 @@ def token_weights(rollout, advantage, old=None, **changes):
     """The gradient on each token's log-prob, first to last, read off a Table; and the log-probs."""
     sequence = rollout.prompt + rollout.prefix + rollout.completion
     rows = torch.randn(len(sequence), 30, generator=torch.Generator().manual_seed(0)).double() * 2
-    table, old = Table(rows), {} if old is None else {0: old}
-    args = settings("--max-response", "10", "--alpha", "0.01", **changes)
-    accumulate_gradients(table, [rollout], [advantage], args, old, {})
+    table, args = Table(rows), settings("--max-response", "10", "--alpha", "0.01", **changes)
+    accumulate_gradients(table, [replace(rollout, advantage=advantage, logprobs=old)], args)
     logp = table.rows.detach().log_softmax(-1)[:-1].gather(1, torch.tensor(sequence[1:])[:, None])
     assert table.rows.grad[-1].abs().max() == 0  # no token comes after the last
     pulls = table.rows.grad[:-1].gather(1, torch.tensor(sequence[1:])[:, None])
@@ -679,18 +678,18 @@ def test_with_several_updates_completions_are_clipped_and_prefixes_are_not():
 
 
 def test_the_first_pass_remembers_the_log_probs_that_later_ones_compare_with():
-    """`old` is filled once, without gradient, and then kept."""
-    policy, old = tiny_policy(), {}
-    rollouts, advantages = map(list, zip(*BATCH[:3]))
-    accumulate_gradients(policy, rollouts, advantages, settings(), old, {})
-    first = {i: row.clone() for i, row in old.items()}
-    for i, r in enumerate(rollouts):
+    """They are left on the rollout once, without gradient, and then kept."""
+    policy, rollouts = tiny_policy(), [replace(r) for r in BATCH[:3]]
+    accumulate_gradients(policy, rollouts, settings())
+    first = [r.logprobs.clone() for r in rollouts]
+    for r in rollouts:
         expected = naive(policy, r.prompt + r.prefix + r.completion, len(r.prompt)).detach()
-        torch.testing.assert_close(old[i], expected)
+        torch.testing.assert_close(r.logprobs, expected)
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.5)
-    accumulate_gradients(policy, rollouts, advantages, settings(updates=2), old, {})
-    assert all(torch.equal(old[i], first[i]) and not old[i].requires_grad for i in first)
+    accumulate_gradients(policy, rollouts, settings(updates=2))
+    assert all(torch.equal(r.logprobs, x) for r, x in zip(rollouts, first))
+    assert not any(r.logprobs.requires_grad or r.entropies.requires_grad for r in rollouts)
 
 
 def test_micro_batches_keep_within_the_budget_of_padded_tokens():
@@ -1200,8 +1199,10 @@ def test_metrics_count_what_happened(clock, temperature):
     assert metrics["logprob_gap"] < 1e-5 and 0 < metrics["entropy"] < math.log(90)
     lengths = [len(r.prefix + r.completion) for r in rollouts]
     assert metrics["response_length"] == mean(lengths)
-    kept = [not is_inert(r, r.reward - sum(x.reward for x in group) / 8, "trsft")
-            for group in groups for r in group]
+    for group in groups:
+        for r in group:
+            assert r.advantage == pytest.approx(r.reward - statistics.fmean(x.reward for x in group))
+    kept = [not is_inert(r, "trsft") for r in rollouts]
     assert metrics["rollouts_skipped"] == 32 - sum(kept)
     assert metrics["tokens_trained"] == sum(n for n, keep in zip(lengths, kept) if keep)
 
@@ -1235,12 +1236,12 @@ def test_sft_moves_the_policy_towards_its_expert_and_clips_the_gradient(clock):
     policy, _ = clock_model(1)
     start = [p.detach().clone() for p in policy.parameters()]
     losses = [step_of(policy, clock[1], "--method", "sft", "--lr", "1", "--warmup", "0",
-                      "--max-grad-norm", "0.01")[0]["loss_per_token"]]
+                      "--max-grad-norm", "0.01")[0]["loss"]]
     moved = sum(((p - q) ** 2).sum() for p, q in zip(policy.parameters(), start)).sqrt().item()
     assert moved == pytest.approx(0.01, rel=1e-3)
     for _ in range(3):
-        losses.append(step_of(policy, clock[1], "--method", "sft", "--lr", "1", "--warmup", "0")[0][
-            "loss_per_token"])
+        losses.append(step_of(policy, clock[1], "--method", "sft", "--lr", "1", "--warmup", "0")[0]
+                      ["loss"])
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 

@@ -8,11 +8,11 @@ training instance (Algorithm 1). For a problem x with an expert solution y:
     still badly?   it starts from the first half of y       1 rollout      micro-group 3
     still badly?   it is shown the whole of y               1 rollout      micro-group 4
 
-and one update then does two things at once:
+and one update then trains two kinds of tokens:
 
-    the policy's own tokens (completion)   group-relative policy gradient         (Section 2.3)
-    the expert's tokens     (prefix)       Trust-Region SFT: SFT's gradient weight 1/p is
-                                           clipped at 1/alpha                     (Eq. 3)
+    the policy's own (completion)   by a group-relative policy gradient (Section 2.3)
+    the expert's (prefix)           by Trust-Region SFT: SFT's gradient weight 1/p is clipped at
+                                    1/alpha (Eq. 3)
 
 What this file leaves out of GRPO, and why:
     1. no reference model, no KL penalty: the paper trains without them
@@ -27,8 +27,8 @@ policy's own *completion*. The 8 rollouts of a prompt form its *group*, drawn in
     python trapo.py                                     the embedded experiment: CPU, offline
     python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
 
-Read downwards: 1 losses, 2 adaptive guidance, 3 the policy, 4 the update, 5 data and reward,
-6 the embedded experiment, 7 processes and checkpoints, 8 the training loop, 9 the command line.
+Parts: 1 losses, 2 adaptive guidance, 3 the policy, 4 the update, 5 data and reward, 6 the embedded
+experiment, 7 processes and checkpoints, 8 the training loop, 9 the command line.
 """
 import argparse, copy, functools, importlib.util, itertools, json, logging, math, os  # noqa: E401
 import random, re, resource, shutil, signal, sys, threading, time  # noqa: E401
@@ -76,7 +76,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     p = logprobs.exp()
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
 
-def luffy_loss(logprobs: Tensor, advantages: Tensor, gamma: float = 0.1) -> Tensor:
+def luffy_loss(logprobs: Tensor, advantages: Tensor | float, gamma: float = 0.1) -> Tensor:
     """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), never clipped.
 
     Args: logprobs: nats, any shape. advantages: broadcastable to it. gamma: shaping constant > 0.
@@ -85,7 +85,13 @@ def luffy_loss(logprobs: Tensor, advantages: Tensor, gamma: float = 0.1) -> Tens
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
 
-def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+PREFIX_LOSSES = {  # what the expert's tokens may be trained with (Table 2): (log p, A, alpha) -> loss
+    "trsft": lambda logprobs, advantages, alpha: trsft_loss(logprobs, alpha),
+    "sft": lambda logprobs, advantages, alpha: trsft_loss(logprobs, 0.0),
+    "luffy": lambda logprobs, advantages, alpha: luffy_loss(logprobs, advantages),
+    "none": lambda logprobs, advantages, alpha: torch.zeros_like(logprobs)}
+
+def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor | float,
                          clip: float | None = None) -> Tensor:
     """The group-relative policy gradient (Section 2.3):  -ratio * A  with  ratio = p / p_old.
 
@@ -107,14 +113,6 @@ def group_advantages(rewards: Tensor) -> Tensor:
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
     """
     return rewards - rewards.mean(-1, keepdim=True)
-
-def prefix_token_loss(kind: str, logprobs: Tensor, advantages: Tensor, alpha: float) -> Tensor:
-    """What the expert's tokens are trained with: the last rows of Table 2."""
-    if kind == "luffy":
-        return luffy_loss(logprobs, advantages)
-    if kind == "none":
-        return torch.zeros_like(logprobs)
-    return trsft_loss(logprobs, alpha if kind == "trsft" else 0.0)  # alpha = 0 is plain SFT
 
 # ==== Part 2. Adaptive guidance: micro-group sampling (Section 2.3, Algorithm 1).
 #
@@ -144,6 +142,9 @@ class Rollout:
     completion: Tokens  # the policy's tokens, EOS included when it was reached
     reward: float
     micro_group: int    # index into the schedule
+    advantage: float = 0.0           # filled in by train_step
+    logprobs: Tensor | None = None   # of prefix and completion before the first update, [tokens],
+    entropies: Tensor | None = None  # and entropies there, nats: filled in by accumulate_gradients
 
 def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
@@ -157,9 +158,8 @@ def expert_prefix(solution_ids: Tokens, ratio: float, breaks: Iterable[int] = ()
     """
     length = len(solution_ids)
     cut = round(ratio * length)
-    reach = min(length, cut + round(0.3 * length)) if 0 < cut else cut
-    ends = (i + 1 for i in range(cut, reach) if solution_ids[i] in breaks)
-    return solution_ids[:next(ends, cut)]
+    reach = min(length, cut + round(0.3 * length)) if cut else 0
+    return solution_ids[:next((i + 1 for i in range(cut, reach) if solution_ids[i] in breaks), cut)]
 
 def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                   generate: Callable[[list[Tokens], list[int]], list[Tokens]],
@@ -187,18 +187,15 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 
     def draw(branches: Iterable[tuple[int, int, bool]]) -> None:
         """Fill `drawn` for (problem, micro-group, guided) branches with one generate call."""
-        requests, limits, slots = [], [], []
-        for i, m, helped in branches:
-            prefix = expert_prefix(solutions[i][m], schedule[m].ratio, breaks) if helped else []
-            complete = helped and len(prefix) == len(solutions[i][m])  # nothing left to generate
-            drawn[i, m, helped] = [(prefix, [])] * schedule[m].size
-            for slot in range(0 if complete else schedule[m].size):
-                requests.append(problems[i].prompt_ids + prefix)
-                limits.append(max(0, max_response - len(prefix)))
-                slots.append((drawn[i, m, helped], slot, prefix))
-        completions = generate(requests, limits) if requests else []
-        for (branch, slot, prefix), completion in zip(slots, completions, strict=True):
-            branch[slot] = (prefix, completion)
+        jobs = [(i, m, helped, expert_prefix(solutions[i][m], schedule[m].ratio, breaks)
+                 if helped else []) for i, m, helped in branches for _ in range(schedule[m].size)]
+        unfinished = [(i, prefix) for i, m, _, prefix in jobs if prefix != solutions[i][m]]
+        completions = iter(generate(
+            [problems[i].prompt_ids + prefix for i, prefix in unfinished],
+            [max_response - len(prefix) for _, prefix in unfinished]) if unfinished else ())
+        for i, m, helped, prefix in jobs:  # a complete solution leaves nothing to generate
+            completion = [] if prefix == solutions[i][m] else next(completions)
+            drawn.setdefault((i, m, helped), []).append((prefix, completion))
 
     def guided(i: int, m: int, returns: list[float]) -> bool:
         return solutions[i][m] is not None and is_guided(returns, schedule[m])
@@ -209,15 +206,13 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                            for returns in ([[0.0], [1.0]] if m else [[]])))
     groups: list[list[Rollout]] = [[] for _ in problems]
     for m in range(len(schedule)):
-        chosen = [(i, m, guided(i, m, [r.reward for r in groups[i]]))
-                  for i in range(len(problems))]
+        chosen = [(i, m, guided(i, m, [r.reward for r in group])) for i, group in enumerate(groups)]
         if not speculate:
             draw(chosen)
         for i, m, helped in chosen:
             for prefix, completion in drawn[i, m, helped]:
                 reward = score(problems[i], prefix + completion)
-                groups[i].append(
-                    Rollout(problems[i].prompt_ids, prefix, completion, reward, m))
+                groups[i].append(Rollout(problems[i].prompt_ids, prefix, completion, reward, m))
     return groups
 
 # ==== Part 3. The policy: loading it, sampling from it, and the log-probs that training needs.
@@ -227,21 +222,17 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     Args: name: a local folder, a Hub id, or a bare Qwen name ("Qwen2.5-0.5B-Instruct").
     Raises: InputError if it cannot be had, or if its head is not a plain matrix product.
     """
-    local = os.path.isdir(name)
-    path = name if local or "/" in name else f"Qwen/{name}"
+    path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
-        policy, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True)
-        if report["missing_keys"]:  # transformers would draw them at random
-            raise ValueError(f"it lacks {', '.join(report['missing_keys'])}")
+        policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # the Hub, the network and safetensors all raise their own
-        tried = "that folder" if local else f"the folder ./{name} and the Hub id {path}"
-        raise InputError(f"cannot load model '{name}' (tried {tried}: {brief(error)}); "
-                         "give a local folder: --model path/to/model") from error
-    ends = set(end_ids(policy)) | {tokenizer.eos_token_id}
-    policy.generation_config.eos_token_id = sorted(ends - {None})
+        raise InputError(f"cannot load model '{name}' (tried the folder ./{name} and the Hub id "
+                         f"{path}: {brief(error)}); give a local folder: --model path/to/model"
+                         ) from error
+    policy.generation_config.eos_token_id = sorted(
+        {*end_ids(policy), tokenizer.eos_token_id} - {None})
     check_head(policy)
     return policy, tokenizer
 
@@ -249,24 +240,23 @@ def brief(error: Exception) -> str:
     """The beginning of an error's message, as one line."""
     return " ".join(str(error).split())[:150] or type(error).__name__
 
+def end_ids(policy: nn.Module) -> Tokens:
+    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>)."""
+    ends = policy.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends] if ends is not None else []
+
 @torch.no_grad()
 def check_head(policy: nn.Module) -> None:
-    """InputError unless token_logprobs agrees with the model's own logits.
+    """InputError unless token_logprobs, which applies the head itself, agrees with the model.
 
-    It applies the output matrix itself; a model that caps or scales its logits afterwards would be
-    trained on wrong probabilities without a word.
+    A model that caps or scales its logits would be trained on wrong probabilities without a word.
     """
-    ids = torch.arange(1, 17, device=policy.device) % policy.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, 17) % policy.get_input_embeddings().num_embeddings
     expected = policy(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
     (ours,), _ = token_logprobs(policy, [ids.tolist()], [1])
     if not torch.allclose(ours, expected.gather(1, ids[1:, None])[:, 0], atol=1e-3, rtol=1e-3):
         raise InputError(f"{type(policy).__name__} does more to its logits than a matrix product "
                          "(soft-capping or scaling?): use a model without, such as Qwen2.5")
-
-def end_ids(policy: nn.Module) -> Tokens:
-    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>)."""
-    ends = policy.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
 @torch.no_grad()
 def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
@@ -286,16 +276,13 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
     """
     was_training = policy.training
     policy.eval()  # in train mode gradient checkpointing would drop the cache
-    completions: list[Tokens] = [[] for _ in requests]
-    logprobs: list[list[float]] = [[] for _ in requests]
+    completions, logprobs = [[] for _ in requests], [[] for _ in requests]
     # Every request has its own random numbers, so what it draws depends neither on how the requests
     # are split, nor on when finished rows leave the batch.
     noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
-    live = [i for i, limit in enumerate(limits) if limit > 0]
-    for batch in micro_batches([len(requests[i]) + max(limits) for i in live], kv_tokens):
-        batch = [live[b] for b in batch]
+    for batch in micro_batches([len(request) + max(limits) for request in requests], kv_tokens):
         drawn = decode(policy, [requests[i] for i in batch], [limits[i] for i in batch],
-                       noise[batch], temperature, static)
+                       noise[batch].to(policy.device), temperature, static)
         for i, tokens, scores in zip(batch, *drawn):
             completions[i], logprobs[i] = tokens, scores
     policy.train(was_training)
@@ -309,49 +296,46 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
     `static` it runs on buffers of fixed size and is replayed as one CUDA graph. Otherwise finished
     rows leave the batch, once they make up a quarter of it (a cut copies the whole cache).
     """
-    device, ends = policy.device, torch.tensor(end_ids(policy), device=policy.device)
-    distinct = {tuple(request): None for request in requests}
-    place = {request: row for row, request in enumerate(distinct)}
-    copies = torch.tensor([place[tuple(request)] for request in requests], device=device)
-    width, steps = max(map(len, distinct)), max(limits)  # left padding: all completions start level
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in distinct], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in distinct], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
+    ends, place = set(end_ids(policy)), {}  # distinct request -> its row in the prefill
+    copies = [place.setdefault(tuple(request), len(place)) for request in requests]
+    width = max(map(len, place))  # padded on the left: all completions start level
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in place], device=policy.device)
+    mask = torch.tensor([[t >= width - len(r) for t in range(width)] for r in place],
+                        device=policy.device)
     cache = transformers.DynamicCache(config=policy.config)
-    logits = policy(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-                    past_key_values=cache, logits_to_keep=1).logits[copies, -1]
-    cache.batch_select_indices(copies)
-    mask = torch.cat([mask[copies], mask.new_zeros(len(copies), steps)], dim=1).bool()
-    position = position[copies, -1:]
-    token, noise = torch.zeros_like(position), noise.to(device)
-    tokens, logprobs = torch.zeros(2, len(copies), steps, dtype=torch.float64, device=device)
-    lengths, room = torch.tensor([[0] * len(limits), limits], device=device)
-    rows, alive = torch.arange(len(copies), device=device), room > 0
+    logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
+    cache.batch_select_indices(torch.tensor(copies, device=policy.device))
+    logits, mask = logits[copies, -1], nn.functional.pad(mask[copies], (0, max(limits)))
+    position = mask.sum(1, keepdim=True) - 1  # of the newest token of each row
+    token = torch.zeros_like(position)
     if static:
         replay = graphed_step(policy, cache, token, position, mask)
-    for t in range(steps):
-        choice, logprobs[rows, t] = draw_tokens(logits, noise[rows, t], temperature)
-        tokens[rows, t] = choice.double()
-        lengths[rows[alive]] = t + 1
-        alive = alive & ~torch.isin(choice, ends) & (t + 1 < room[rows])
-        kept = int(alive.sum())
-        if kept == 0:
+    completions, logprobs = [[] for _ in requests], [[] for _ in requests]
+    rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
+    for now in range(width, width + max(limits)):
+        choice, scores = draw_tokens(logits, noise[:, now - width], temperature)
+        for k, (row, new, logprob) in enumerate(zip(rows, choice.tolist(), scores.tolist())):
+            if alive[k]:
+                completions[row].append(new)
+                logprobs[row].append(logprob)
+                alive[k] = new not in ends and len(completions[row]) < limits[row]
+        if not any(alive):
             break
-        mask[:, width + t] = True
+        token.copy_(choice[:, None])
         position += 1
-        token[:, 0] = choice
+        mask[:, now] = True
         if static:
             logits = replay()
             continue
-        if kept <= 0.75 * len(rows):
-            cache.batch_select_indices(alive.nonzero()[:, 0])
-            rows, token, mask, position = (x[alive] for x in (rows, token, mask, position))
-            alive = alive[alive]
-        logits = policy(input_ids=token, attention_mask=mask[:, :width + t + 1], use_cache=True,
-                        position_ids=position, past_key_values=cache).logits[:, -1]
-    lengths = lengths.tolist()
-    return ([row[:n] for row, n in zip(tokens.long().tolist(), lengths)],
-            [row[:n] for row, n in zip(logprobs.tolist(), lengths)])
+        if sum(alive) <= 0.75 * len(rows):
+            kept = [k for k, lives in enumerate(alive) if lives]
+            cache.batch_select_indices(torch.tensor(kept, device=policy.device))
+            token, position, mask, noise = (x[kept] for x in (token, position, mask, noise))
+            rows, alive = [rows[k] for k in kept], [True] * len(kept)
+        logits = policy(input_ids=token, attention_mask=mask[:, :now + 1], position_ids=position,
+                        past_key_values=cache, use_cache=True).logits[:, -1]
+    return completions, logprobs
 
 def graphed_step(policy: nn.Module, cache, token: Tensor, position: Tensor,
                  mask: Tensor) -> Callable[[], Tensor]:
@@ -393,11 +377,10 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tens
     if temperature:
         cumulative = logprobs.double().exp().cumsum(-1)
         target = noise[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        token = token.clamp(max=logits.shape[1] - 1)
+        token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
     else:
-        token = logprobs.argmax(-1)
-    return token, logprobs.gather(1, token[:, None])[:, 0].double()
+        token = logprobs.argmax(-1, keepdim=True)
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
     """Log-probs of softmax(logits / temperature), in float32 at least."""
@@ -410,23 +393,15 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
                    temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
 
-    Args: sequences: token ids, ragged.
-        starts: index of the first token to score in each, >= 1 (the first token has no context).
-        temperature: log-probs are those of softmax(logits / temperature), what was sampled from.
-    Returns: two lists of tensors in nats, one of [len(sequence) - start] per sequence.
-    """
-    lengths = [len(s) - start for s, start in zip(sequences, starts)]
-    logprobs, entropies = flat_logprobs(policy, sequences, starts, temperature)
-    return list(logprobs.split(lengths)), list(entropies.split(lengths))
-
-def flat_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
-                  temperature: float) -> tuple[Tensor, Tensor]:
-    """token_logprobs with all sequences end to end: [N] log-probs and [N] entropies.
-
     Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
     vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
     matter, and the head is applied in chunks, which the backward pass computes again. Padding is on
     the right and not masked: exact, as causal attention never looks right, and the fast kernel.
+
+    Args: sequences: token ids, ragged.
+        starts: index of the first token to score in each, >= 1 (the first token has no context).
+        temperature: log-probs are those of softmax(logits / temperature), what was sampled from.
+    Returns: two lists of tensors in nats, one of [len(sequence) - start] per sequence.
     """
     width, device = max(map(len, sequences)), policy.device
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
@@ -435,10 +410,12 @@ def flat_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
                           for t in range(start, len(s))], dtype=torch.long, device=device)
     targets = ids.flatten()[spots].split(HEAD_CHUNK)
     hidden = hidden.flatten(0, 1)[spots - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
-    logprobs, entropies = zip(*(
-        checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
-                   use_reentrant=False, preserve_rng_state=False) for h, y in zip(hidden, targets)))
-    return torch.cat(logprobs), torch.cat(entropies)
+    chunks = [checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
+                         use_reentrant=False, preserve_rng_state=False)
+              for h, y in zip(hidden, targets)]
+    lengths = [len(s) - start for s, start in zip(sequences, starts)]
+    logprobs, entropies = (torch.cat(pieces).split(lengths) for pieces in zip(*chunks))
+    return list(logprobs), list(entropies)
 
 def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
                 temperature: float) -> tuple[Tensor, Tensor]:
@@ -456,10 +433,10 @@ def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
 # The divisor is a constant (Dr. GRPO): dividing by each response's own length would go easy on long
 # wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
 # their order, nor leaving out rollouts that add exactly nothing can change it.
-def is_inert(rollout: Rollout, advantage: float, prefix_loss: str) -> bool:
+def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
     """Is this rollout's gradient exactly zero? Then the update leaves it out."""
     supervised = rollout.prefix and prefix_loss in ("trsft", "sft")
-    reinforced = advantage != 0 and (rollout.completion or prefix_loss == "luffy")
+    reinforced = rollout.advantage != 0 and (rollout.completion or prefix_loss == "luffy")
     return not (supervised or reinforced)
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -475,62 +452,40 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], advantages: list[float],
-                         args: Namespace, old: dict[int, Tensor],
-                         drawn: dict[tuple, list[float]]) -> dict[str, list[float]]:
-    """Add the gradient of the batch's loss to the parameters' .grad.
+def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Namespace) -> float:
+    """Add the gradient of the batch's loss to the parameters' .grad; returns the loss.
 
-    Args: old: rollout index -> its log-probs when it was drawn; the first pass fills it.
-        drawn: (request, completion) -> log-probs that the sampler saw, to compare with ours.
-    Returns: name -> [sum, count] over tokens, for the metrics.
+    The first pass over a rollout leaves its log-probs and entropies on it.
     """
-    active = [i for i, (r, a) in enumerate(zip(rollouts, advantages))
-              if not is_inert(r, a, args.prefix_loss)]
-    requests = [r.prompt + r.prefix for r in rollouts]
-    sequences = [request + r.completion for request, r in zip(requests, rollouts)]
-    batches = micro_batches([len(sequences[i]) for i in active], args.micro_tokens)
-    score = getattr(policy, "flat_logprobs", functools.partial(flat_logprobs, policy))
-    totals = torch.zeros(7, 2, dtype=torch.float64, device=policy.device)
+    active = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
+    batches = micro_batches([len(r.prompt + r.prefix + r.completion) for r in active],
+                            args.micro_tokens)
+    score = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     # FSDP averages gradients over the processes, hence the divisor is the mean of theirs. And each
     # pass of a sharded model is a collective operation, of which all processes need equally many.
     divisor = all_reduce([len(rollouts)])[0] / WORLD * args.max_response
-    for b in range(int(all_reduce([len(batches)], "max")[0])):
+    total, clip = 0.0, args.clip if args.updates > 1 else None
+    for b in range(int(all_reduce([len(batches)], "MAX")[0])):
         if b >= len(batches):
-            (score([[0, 0]], [1], 1.0)[0].sum() * 0).backward()
+            (score([[0, 0]], [1])[0][0].sum() * 0).backward()
             continue
-        chosen = [active[i] for i in batches[b]]
+        batch = [active[i] for i in batches[b]]
         with torch.autocast("cuda", torch.bfloat16, enabled=policy.device.type == "cuda"):
-            logprobs, entropies = score([sequences[i] for i in chosen],
-                                        [len(rollouts[i].prompt) for i in chosen], args.temperature)
-        lengths = [len(sequences[i]) - len(rollouts[i].prompt) for i in chosen]
-        for i, new in zip(chosen, logprobs.detach().split(lengths)):
-            old.setdefault(i, new)
-        before = torch.cat([old[i] for i in chosen])
-        owner = torch.arange(len(chosen)).repeat_interleave(torch.tensor(lengths))
-        advantage = logprobs.new_tensor([advantages[i] for i in chosen])[owner]
-        is_prefix = torch.cat([torch.arange(n) < len(rollouts[i].prefix)
-                               for i, n in zip(chosen, lengths)]).to(policy.device)
-        losses = torch.where(
-            is_prefix, prefix_token_loss(args.prefix_loss, logprobs, advantage, args.alpha),
-            policy_gradient_loss(logprobs, before, advantage,
-                                 args.clip if args.updates > 1 else None))
-        (losses.sum() / divisor).backward()
-        with torch.no_grad():
-            p = logprobs[is_prefix].double().exp()
-            seen = torch.tensor([x for i in chosen for x in drawn.get(
-                (tuple(requests[i]), tuple(rollouts[i].completion)), ())], device=policy.device)
-            gap = (logprobs[~is_prefix] - seen).abs() if len(seen) else seen
-            for k, values in enumerate((losses, entropies[~is_prefix], gap, p,
-                                        p < args.alpha, 1 / p.clamp(min=args.alpha), 1 / p)):
-                totals[k, 0] += values.sum()
-                totals[k, 1] += values.numel()
-    names = ("loss_per_token", "entropy", "logprob_gap", "prefix_p", "prefix_outside_share",
-             "prefix_weight", "prefix_inverse_p")
-    return dict(zip(names, totals.tolist()))
+            logprobs, entropies = score([r.prompt + r.prefix + r.completion for r in batch],
+                                        [len(r.prompt) for r in batch], args.temperature)
+        loss = 0.0
+        for r, new, entropy in zip(batch, logprobs, entropies):
+            if r.logprobs is None:
+                r.logprobs, r.entropies = new.detach(), entropy
+            prefix, own = new.tensor_split([len(r.prefix)])
+            old = r.logprobs[len(r.prefix):]
+            loss = loss + PREFIX_LOSSES[args.prefix_loss](prefix, r.advantage, args.alpha).sum()
+            loss = loss + policy_gradient_loss(own, old, r.advantage, clip).sum()
+        (loss / divisor).backward()
+        total += loss.item() / divisor
+    return total
 
-# ==== Part 5. Data and reward
-#
-# A row becomes a Problem: the prompt, the expert's solutions (if any) and the answer.
+# ==== Part 5. Data and reward: a row becomes a Problem.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "openr1": ("Elliott/Openr1-Math-46k-8192", None)}
@@ -563,10 +518,10 @@ def math_reward(response: str, answer: str) -> float:
     return grade(response, answer)[0]
 
 def read_row(row: dict) -> tuple[str, list[str], str]:
-    """(problem, solutions, answer) of a row in any of the three formats.
+    """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
 
     OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer with "####".
-    Plain: problem (or question), answer, perhaps solution, a string or a list. Else KeyError.
+    Plain: problem (or question), answer, perhaps solution, a string or a list.
     """
     if "reward_model" in row:
         problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
@@ -602,12 +557,9 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Namespace,
                   heldout: bool = False) -> list[Problem]:
     """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
 
-    A row without a solution stays, and is never guided; `heldout` rows need none. Lengths are
+    A row without a solution stays, and is never guided; of `heldout` rows none is read. Lengths are
     limited by args.max_prompt and args.max_response, in tokens.
     """
-    def encode(text: str) -> Tokens:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
     problems, dropped = [], []
     for row in rows:
         try:
@@ -615,20 +567,18 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Namespace,
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise InputError(f"cannot read a row with columns {', '.join(row)}: expected problem, "
                              "answer (and solution), or GSM8K's or OpenR1's columns") from error
-        texts = [] if heldout else texts
-        prompt = f"{problem}\n{INSTRUCTION}"
+        prompt, texts = f"{problem}\n{INSTRUCTION}", [] if heldout else texts
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
         ) if tokenizer.chat_template else prompt + "\n\n"
-        prompt_ids = encode(prompt)
-        solutions = [encode(text) + [tokenizer.eos_token_id] for text in texts if text]
-        short = [s for s in solutions if len(s) <= args.max_response]
+        prompt_ids, *solutions = (tokenizer(text, add_special_tokens=False).input_ids
+                                  for text in (prompt, *filter(None, texts)))
+        short = [s + [tokenizer.eos_token_id] for s in solutions if len(s) < args.max_response]
         why = ("no problem or answer" if not problem or not answer else
                "empty solution" if texts and not solutions else
                "prompt too long" if len(prompt_ids) > args.max_prompt else
                "solution too long" if texts and not short else "")
-        dropped += [why] if why else []
-        problems += [] if why else [Problem(prompt_ids, short, answer)]
+        (dropped if why else problems).append(why or Problem(prompt_ids, short, answer))
     counts = ", ".join(f"{dropped.count(why)} {why}" for why in dict.fromkeys(dropped))
     if RANK == 0:
         print(f"{args.dataset}: {len(problems)} problems; dropped: {counts or 'none'}")
@@ -639,14 +589,14 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Namespace,
 
 def math_task(tokenizer, args: Namespace) -> Task:
     """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
-    rows = load_rows(args.dataset)
+    rows, size = load_rows(args.dataset), args.eval_size
     if args.dataset == "gsm8k":
-        cut, test = len(rows), list(itertools.islice(load_rows("gsm8k", "test"), args.eval_size))
+        cut, test = len(rows), itertools.islice(load_rows("gsm8k", "test"), size)
     else:
-        cut = len(rows) - min(args.eval_size, len(rows) // 10)
-        test = list(itertools.islice(rows, cut, None))
+        size = min(size, len(rows) // 10)
+        cut, test = len(rows) - size, itertools.islice(rows, len(rows) - size, None)
     train = make_problems(itertools.islice(rows, cut), tokenizer, args)
-    heldout = make_problems(test, tokenizer, args, heldout=True) if test else []
+    heldout = make_problems(test, tokenizer, args, heldout=True) if size else []
 
     def score(problem: Problem, response: Tokens) -> float:
         return math_reward(tokenizer.decode(response, skip_special_tokens=True), problem.answer)
@@ -759,17 +709,16 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
 # Everything random comes from generators seeded with (seed, step), the order of the data too: so
 # weights, optimizer state and step number are a run's whole state, and a run that was killed and
 # resumed equals one that was not, bit for bit.
-
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def all_reduce(values: list[float], how: str = "sum") -> list[float]:
-    """The sum (or "max") of each value over the processes."""
+def all_reduce(values: list[float], how: str = "SUM") -> list[float]:
+    """The sum (or "MAX") of each value over the processes."""
     if WORLD == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
     return tensor.tolist()
 
 def shard(policy: nn.Module, device: str) -> None:
@@ -778,11 +727,10 @@ def shard(policy: nn.Module, device: str) -> None:
     options = {"mesh": dist.init_device_mesh(device, (WORLD,))}
     if device == "cuda":
         options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    for layer in policy.base_model.layers:
-        fsdp.fully_shard(layer, **options)
-    fsdp.fully_shard(policy, **options)
-    policy.flat_logprobs = functools.partial(flat_logprobs, policy)
-    fsdp.register_fsdp_forward_method(policy, "flat_logprobs")
+    for part in (*policy.base_model.layers, policy):
+        fsdp.fully_shard(part, **options)
+    policy.token_logprobs = functools.partial(token_logprobs, policy)
+    fsdp.register_fsdp_forward_method(policy, "token_logprobs")
 
 def make_sampler(policy: nn.Module, device: str) -> nn.Module:
     """What rollouts are drawn from: on CUDA a bf16 copy of the policy, on one CPU the policy."""
@@ -800,43 +748,41 @@ def refresh(sampler: nn.Module, policy: nn.Module) -> None:
         if mine is not new:
             mine.copy_(new.full_tensor() if WORLD > 1 else new)
 
-def save(policy, tokenizer, optimizer, step: int, out: Path, last: bool = False) -> None:
-    """Write <out>/checkpoint-<step>, or at the end the model into <out>: whole or not at all.
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
-    Under a temporary name, flushed to the disk, then renamed; the newest two checkpoints are kept.
-    All processes must call it; the first writes.
+def save(policy: nn.Module, tokenizer, optimizer, step: int, out: Path) -> None:
+    """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
+
+    Under a temporary name, flushed to the disk, then renamed. All processes must call it.
     """
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    final = out / f"checkpoint-{step}"
-    if RANK or (final.exists() and not last):
+    final, temporary = out / f"checkpoint-{step}", out / ".unfinished"
+    if RANK or final.exists():
         return
-    temporary = out / ".unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
-    if not last:
-        torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
+    torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
     for path in [*temporary.iterdir(), temporary]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    if last:
-        for source in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            os.replace(source, out / source.name)  # the weights last: then all is there
-        temporary.rmdir()
-    else:
-        os.replace(temporary, final)
+    os.replace(temporary, final)
     for older in checkpoints(out)[:-2]:
         shutil.rmtree(older)
 
-def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    steps = [int(p.name[11:]) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
-    return [out / f"checkpoint-{step}" for step in sorted(steps)]
+def publish(out: Path) -> None:
+    """Copy the newest checkpoint's model into <out> itself, the weights last: then all is there."""
+    for file in sorted(checkpoints(out)[-1].iterdir(), key=lambda file: "safetensors" in file.name):
+        if file.name != "trainer.pt":
+            shutil.copy(file, out / ".copy")
+            os.replace(out / ".copy", out / file.name)
 
 # ==== Part 8. The training loop
-
 def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
     """The prompts of a step, whatever the number of processes; every problem once an epoch."""
     n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
@@ -845,20 +791,16 @@ def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
              for epoch in {i // n for i in places}}
     return [task.train[order[i // n][i % n]] for i in places]
 
-def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
+def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, args: Namespace,
                step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then the update: (metrics over all processes, this process's groups)."""
-    seconds, drawn, generated = {"sample": 0.0}, {}, 0
+    seconds, drawn = {"sample": 0.0}, {}
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
-        """Sample, and remember the log-probs drawn with, the number of tokens and the time."""
-        nonlocal generated
         started = time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
                                        args.cuda_graphs, args.kv_tokens)
-        for request, completion, lp in zip(requests, completions, logprobs):
-            drawn[tuple(request), tuple(completion)] = lp
-            generated += len(completion)
+        drawn.update((id(c), (c, lp)) for c, lp in zip(completions, logprobs))
         seconds["sample"] += time.perf_counter() - started
         return completions
 
@@ -868,21 +810,21 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
     torch.manual_seed(rng.getrandbits(63))
     groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate,
                            task.score, rng, args.speculate, args.max_response, task.breaks)
-    seconds["score"] = time.perf_counter() - started - seconds["sample"]
-    rewards = torch.tensor([[r.reward for r in group] for group in groups])
-    advantages = group_advantages(rewards).flatten().tolist()
     rollouts = [r for group in groups for r in group]
+    advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
+    for r, advantage in zip(rollouts, advantages.flatten().tolist()):
+        r.advantage = advantage
+    seconds["score"] = time.perf_counter() - started - seconds["sample"]
 
     # ---- Learning phase
-    started, old, statistics = time.perf_counter(), {}, {}
+    started = time.perf_counter()
     decay = min(1, 2 * (1 - step / args.steps)) if args.decay else 1
     for parameters in optimizer.param_groups:
         parameters["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
     for _ in range(args.updates):
         for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
             p.grad = torch.zeros_like(p)
-        counted = accumulate_gradients(policy, rollouts, advantages, args, old, drawn)
-        statistics = statistics or counted  # of the first update, which is on policy
+        loss = accumulate_gradients(policy, rollouts, args)
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         norm = float(norm.full_tensor() if WORLD > 1 else norm)
         if not math.isfinite(norm):
@@ -891,39 +833,55 @@ def train_step(policy, sampler, optimizer, task: Task, args: Namespace,
         refresh(sampler, policy)
     seconds["update"] = time.perf_counter() - started
 
-    trained = [r for r, a in zip(rollouts, advantages) if not is_inert(r, a, args.prefix_loss)]
-    statistics |= rollout_statistics(rollouts, args.schedule, end_ids(policy)) | {  # [sum, count]
-        "tokens_generated": [generated, RANK == 0],
-        "tokens_trained": [sum(len(r.prefix + r.completion) for r in trained), RANK == 0],
-        "rollouts_skipped": [len(rollouts) - len(trained), RANK == 0]}
-    flat = all_reduce([float(x) for pair in statistics.values() for x in pair])
+    sums = rollout_statistics(rollouts, drawn, args, end_ids(policy)) | {"loss": [loss, 1]}
+    flat = all_reduce([float(x) for pair in sums.values() for x in pair])
     metrics = {name: total / count if count and math.isfinite(total) else None
-               for name, total, count in zip(statistics, flat[::2], flat[1::2])}
+               for name, total, count in zip(sums, flat[::2], flat[1::2])}
     peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
     metrics |= {"grad_norm": norm if math.isfinite(norm) else None, "peak_memory_gib": peak}
     return metrics | {f"seconds_{name}": s for name, s in seconds.items()}, groups
 
-def rollout_statistics(rollouts: list[Rollout], schedule: list[MicroGroup],
+def rollout_statistics(rollouts: list[Rollout], drawn: dict[int, tuple], args: Namespace,
                        ends: Tokens) -> dict[str, list[float]]:
-    """name -> [sum, count], so that a mean over all processes is a quotient of sums."""
-    def tally(values: Iterable[float]) -> list[float]:
+    """name -> [sum, count], so that a mean over all processes is a quotient of sums.
+
+    Args: drawn: id of a completion -> it and its log-probs, for all that were generated.
+    """
+    def mean(values: Iterable[float]) -> list[float]:
         values = list(values)
         return [sum(values), len(values)]
 
+    def join(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.tensor([x for t in tensors for x in t.tolist()], dtype=torch.float64)
+
     own = [r for r in rollouts if r.completion]
+    trained = [r for r in rollouts if r.logprobs is not None]
+    p = join(r.logprobs[:len(r.prefix)] for r in trained).exp()
+    seen = [x for r in trained if r.completion for x in drawn[id(r.completion)][1]]
+    gap = join(r.logprobs[len(r.prefix):] for r in trained) - torch.tensor(seen)
+    once = int(RANK == 0)  # counts are added over the processes, not averaged
     return {
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
-        "reward_unguided": tally(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
-        "reward_guided": tally(r.reward for r in rollouts if r.prefix),
-        "guided": tally(bool(r.prefix) for r in rollouts),
-        **{f"guided_{m + 1}": tally(bool(r.prefix) for r in rollouts if r.micro_group == m)
-           for m in range(len(schedule))},
-        "response_length": tally(len(r.prefix + r.completion) for r in rollouts),
-        "completion_length": tally(len(r.completion) for r in own),
-        "truncated": tally(r.completion[-1] not in ends for r in own)}
+        "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
+        "reward_guided": mean(r.reward for r in rollouts if r.prefix),
+        "guided": mean(bool(r.prefix) for r in rollouts),
+        **{f"guided_{m + 1}": mean(bool(r.prefix) for r in rollouts if r.micro_group == m)
+           for m in range(len(args.schedule))},
+        "response_length": mean(len(r.prefix + r.completion) for r in rollouts),
+        "completion_length": mean(len(r.completion) for r in own),
+        "truncated": mean(r.completion[-1] not in ends for r in own),
+        "entropy": mean(join(r.entropies[len(r.prefix):] for r in trained).tolist()),
+        "logprob_gap": mean(gap.abs().tolist()),
+        "prefix_p": mean(p.tolist()),
+        "prefix_outside_share": mean((p < args.alpha).tolist()),
+        "prefix_weight": mean((1 / p.clamp(min=args.alpha)).tolist()),
+        "prefix_inverse_p": mean((1 / p).tolist()),
+        "tokens_generated": [sum(len(completion) for completion, _ in drawn.values()), once],
+        "tokens_trained": [sum(len(r.logprobs) for r in trained), once],
+        "rollouts_skipped": [len(rollouts) - len(trained), once]}
 
-def evaluate(sampler, task: Task, args: Namespace, whole: bool) -> dict[str, float]:
+def evaluate(sampler: nn.Module, task: Task, args: Namespace, whole: bool) -> dict[str, float]:
     """Share of held-out problems solved, by one response each, sampled as in training and greedy.
 
     Unless `whole`, only the first held-out set, sampled: a cheap point of the learning curve.
@@ -953,8 +911,8 @@ def train(args: Namespace) -> None:
     """The whole run: load or resume, then roll out, update, measure and save, step by step."""
     out, interrupted, bad, start = Path(args.out), [], 0, 0
     saved = checkpoints(out)[-1:] if args.resume else []
-    start_from = str(saved[0]) if saved else args.model
-    policy, tokenizer = load_policy(start_from) if start_from else clock_model(args.seed)
+    origin = str(saved[0]) if saved else args.model
+    policy, tokenizer = load_policy(origin) if origin else clock_model(args.seed)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
     sampler = make_sampler(policy, args.device)  # before sharding: it is whole
     policy.train()
@@ -969,8 +927,6 @@ def train(args: Namespace) -> None:
         start = state["step"]
         if start > args.steps:
             raise InputError(f"the run in {out} is at step {start} already: give --steps beyond")
-    elif args.resume and RANK == 0 and args.dataset != "clock-corpus":
-        print(f"no checkpoint in {out}: from the beginning")
     record = open_log(out, start, policy, args)
     if start == 0 and task.heldout:
         record({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
@@ -991,7 +947,7 @@ def train(args: Namespace) -> None:
                 "seconds": time.perf_counter() - began})
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("reward_unguided", "guided",
                          "response_length") if metrics[k] is not None})
-        (stop,) = all_reduce([bool(interrupted) or bad == 3], "max")
+        (stop,) = all_reduce([bool(interrupted) or bad == 3], "MAX")
         if stop or done == args.steps or done % args.save_every == 0:
             save(policy, tokenizer, optimizer, done, out)
         if stop:
@@ -1001,12 +957,12 @@ def train(args: Namespace) -> None:
                     "three updates in a row were not finite; try a lower --lr" if bad == 3 else
                     f"go on with python trapo.py --resume --out {out}"))
             raise SystemExit(1 if bad == 3 else 130)
-    save(policy, tokenizer, optimizer, args.steps, out, last=True)
-    all_reduce([0])  # the files are there
     if RANK == 0:
+        publish(out)
         print_table(out)
+    all_reduce([0])  # the files are there
 
-def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict], None]:
+def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Callable[[dict], None]:
     """A function that appends a line to metrics.jsonl, which is cut back to the step resumed from.
 
     Beside it stands config.json, which is also the model's: the run's settings are its key "trapo".
@@ -1017,15 +973,12 @@ def open_log(out: Path, start: int, policy, args: Namespace) -> Callable[[dict],
     all_reduce([0])  # nobody writes before everybody has read
     if RANK:
         return lambda metrics: None
-    if args.overwrite:
-        for old in checkpoints(out):
-            shutil.rmtree(old)
-        for old in out.glob("model*.safetensors*"):
-            old.unlink()
+    for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     path, temporary = out / "metrics.jsonl", out / ".metrics"
     lines = path.read_text().splitlines() if start and path.exists() else []
     out.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(x + "\n" for x in lines
+    temporary.write_text("".join(x + "\n" for x in lines  # a kill may have torn the last line
                                  if x.endswith("}") and json.loads(x)["step"] <= start))
     os.replace(temporary, path)
     policy.config.save_pretrained(out)
@@ -1052,7 +1005,6 @@ def print_table(out: Path) -> None:
 #
 # A method is four settings; each row of Table 2 and each baseline is one line here, and takes the
 # same path through the code above.
-
 INF = math.inf
 MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0, 0.2, 0.5, 1], "thresholds": [-1, 0.5, 0.7, 0.9]}
 METHODS = {
@@ -1065,11 +1017,11 @@ METHODS = {
     "luffy": {"sizes": [7, 1], "ratios": [0, 1], "thresholds": [-1, INF], "prefix_loss": "luffy"},
     "sft": {"sizes": [1], "ratios": [1], "thresholds": [INF], "prefix_loss": "sft"},
 }
-MATH = {"lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32,
-        "max_prompt": 1024, "max_response": 1024, "micro_tokens": 4096, "betas": [0.9, 0.95],
-        "weight_decay": 0.0, "eval_every": 20, "eval_size": 200, "save_every": 50}
-CLOCK = MATH | {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32,
-                "max_response": 56, "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
+MATH = {"lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32, "max_prompt": 1024,
+        "max_response": 1024, "micro_tokens": 4096, "betas": [0.9, 0.95], "weight_decay": 0.0,
+        "eval_every": 20, "eval_size": 200, "save_every": 50}
+CLOCK = MATH | {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32, "max_response": 56,
+                "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
 CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 900, "warmup": 20, "decay": True,
                   "prompts": 48, "betas": [0.9, 0.98], "save_every": 300}
 CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
@@ -1094,17 +1046,19 @@ def number(kind: type, low: float, high: float = INF) -> Callable[[str], float]:
 def make_parser() -> Parser:
     """Every flag in one line, with its unit."""
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12, 1e12)
+    cuda = torch.cuda.is_available()
+    switch, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.set_defaults(**MATH)
+    parser.set_defaults(**MATH, speculate=cuda, cuda_graphs=cuda)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="trapo", help="preset of the next four settings")
     add("--sizes", type=count, nargs="+", help="rollouts in each micro-group")
     add("--ratios", type=share, nargs="+", help="share of the expert solution given")
     add("--thresholds", type=number(float, -INF), nargs="+", help="guided if mean return is below")
-    add("--prefix-loss", choices=("trsft", "sft", "luffy", "none"), help="loss on expert tokens")
+    add("--prefix-loss", choices=PREFIX_LOSSES, help="loss on expert tokens")
     add("--alpha", type=share, default=0.1, help="edge of the trust region, a probability")
-    add("--snap-prefix", action="store_true", help="cut prefixes at a paragraph break")
+    add("--snap-prefix", **switch, help="cut prefixes at a paragraph break")
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="local folder, Hub id or bare Qwen name; none: the embedded experiment")
     add("--dataset", help="gsm8k, openr1, or a .jsonl / .json / .parquet file")
@@ -1116,7 +1070,7 @@ def make_parser() -> Parser:
     add("--prompts", type=count, help="prompts per step, over all processes")
     add("--lr", type=positive, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up")
-    add("--decay", action="store_true", help="in the second half, lr falls linearly to 0")
+    add("--decay", **switch, help="in the second half, lr falls linearly to 0")
     add("--betas", type=number(float, 0, 1 - 1e-9), nargs=2, help="AdamW's decay rates")
     add("--weight-decay", type=share, help="AdamW's weight decay")
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clip, L2 norm")
@@ -1124,23 +1078,21 @@ def make_parser() -> Parser:
     add("--clip", type=share, default=0.2, help="PPO's epsilon, used if --updates > 1")
     add("--temperature", type=positive, default=1.0, help="sampling temperature of the rollouts")
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where to run")
     add("--micro-tokens", type=count, help="padded tokens in a micro-batch of the update")
     add("--kv-tokens", type=count, default=1 << 19, help="tokens in the sampler's cache")
-    add("--speculate", action=argparse.BooleanOptionalAction, help="draw all micro-groups in one "
-        "pass; on by default on CUDA")
-    add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="decode on a static cache by "
-        "CUDA graph; on by default on CUDA")
-    add("--recompute", action="store_true", help="gradient checkpointing of the layers")
+    add("--speculate", **either, help="draw all micro-groups in one pass; for GPUs")
+    add("--cuda-graphs", **either, help="decode on a static cache by CUDA graph")
+    add("--recompute", **switch, help="gradient checkpointing of the layers")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="folder of the run; runs/<model>-<method>-seed<seed> by default")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
     add("--eval-every", type=count, help="steps between evaluations")
     add("--eval-size", type=number(int, 0), help="held-out problems")
     add("--save-every", type=count, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--wandb", action="store_true", help="log to Weights & Biases as well")
+    add("--resume", **switch, help="go on from the newest checkpoint in --out")
+    add("--overwrite", **switch, help="replace the run in --out")
+    add("--wandb", **switch, help="log to Weights & Biases as well")
     return parser
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -1159,11 +1111,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     before = run_settings(parser.parse_args(argv).out) if first.resume else {}
     parser.set_defaults(**before)
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("speculate", "cuda_graphs"):
-        if getattr(args, name) is None:
-            setattr(args, name, args.device == "cuda")
-    out = Path(args.out)
+    out, suffix = Path(args.out), Path(dataset).suffix
     changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k) != before[k]]
     for wrong, message in (
             (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
@@ -1173,25 +1121,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             (not len(args.sizes) == len(args.ratios) == len(args.thresholds),
              "--sizes, --ratios and --thresholds need equally many values"),
             (args.device == "cuda" and not torch.cuda.is_available(), "no CUDA: use --device cpu"),
-            (args.dataset not in CLOCKS and not args.model,
-             f"--dataset {args.dataset} needs a --model"),
+            (dataset not in CLOCKS and not args.model, f"--dataset {dataset} needs a --model"),
             (args.wandb and not importlib.util.find_spec("wandb"),
              "--wandb needs the package: pip install wandb"),
-            (args.dataset not in (*HUB, *CLOCKS) and not (
-                Path(args.dataset).suffix in KINDS and os.path.isfile(args.dataset)),
-             f"no data set '{args.dataset}': give one of {', '.join(HUB)}, or the path of an "
-             "existing .jsonl, .json or .parquet file"),
-            (not (args.resume or args.overwrite) and any(
-                (out / f).exists() for f in ("metrics.jsonl", "config.json")),
+            (dataset not in {**HUB, **CLOCKS} and not (suffix in KINDS and os.path.isfile(dataset)),
+             f"no data set '{dataset}': give one of {', '.join(HUB)}, or the path of an existing "
+             ".jsonl, .json or .parquet file"),
+            (not (args.resume or args.overwrite) and (out / "config.json").exists(),
              f"{out} already holds a run: --resume it, --overwrite it, or give another --out")):
         if wrong:
             raise InputError(message)
     args.schedule = [MicroGroup(*x) for x in zip(args.sizes, args.ratios, args.thresholds)]
     return args
 
-def run_settings(folder: str | None) -> dict:
+def run_settings(folder: str) -> dict:
     """The settings of the run in this folder, {} if there is none."""
-    config = Path(folder or "") / "config.json"
+    config = Path(folder) / "config.json"
     try:
         settings = json.loads(config.read_text()).get("trapo", {}) if config.exists() else {}
     except (ValueError, OSError) as error:
