@@ -85,7 +85,7 @@ def luffy_loss(logprobs: Tensor, advantages: Tensor | float, gamma: float = 0.1)
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
 
-PREFIX_LOSSES = {  # what the expert's tokens may be trained with (Table 2): (log p, A, alpha) -> loss
+PREFIX_LOSSES = {  # what the expert's tokens may be trained with: the last rows of Table 2
     "trsft": lambda logprobs, advantages, alpha: trsft_loss(logprobs, alpha),
     "sft": lambda logprobs, advantages, alpha: trsft_loss(logprobs, 0.0),
     "luffy": lambda logprobs, advantages, alpha: luffy_loss(logprobs, advantages),
@@ -142,9 +142,10 @@ class Rollout:
     completion: Tokens  # the policy's tokens, EOS included when it was reached
     reward: float
     micro_group: int    # index into the schedule
-    advantage: float = 0.0           # filled in by train_step
-    logprobs: Tensor | None = None   # of prefix and completion before the first update, [tokens],
-    entropies: Tensor | None = None  # and entropies there, nats: filled in by accumulate_gradients
+    advantage: float = 0.0
+    sampler_logprobs: Iterable[float] = ()   # of the completion, as it was drawn
+    logprobs: Iterable[float] = ()           # of prefix and completion, by the policy before the
+    entropies: Iterable[float] = ()          # first update, and its entropies there (if trained)
 
 def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
@@ -463,9 +464,9 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Names
     score = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     # FSDP averages gradients over the processes, hence the divisor is the mean of theirs. And each
     # pass of a sharded model is a collective operation, of which all processes need equally many.
-    divisor = all_reduce([len(rollouts)])[0] / WORLD * args.max_response
+    divisor = sum(gather(len(rollouts))) / WORLD * args.max_response
     total, clip = 0.0, args.clip if args.updates > 1 else None
-    for b in range(int(all_reduce([len(batches)], "MAX")[0])):
+    for b in range(max(gather(len(batches)))):
         if b >= len(batches):
             (score([[0, 0]], [1])[0][0].sum() * 0).backward()
             continue
@@ -475,10 +476,10 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Names
                                         [len(r.prompt) for r in batch], args.temperature)
         loss = 0.0
         for r, new, entropy in zip(batch, logprobs, entropies):
-            if r.logprobs is None:
-                r.logprobs, r.entropies = new.detach(), entropy
+            if not r.logprobs:
+                r.logprobs, r.entropies = new.tolist(), entropy.tolist()
             prefix, own = new.tensor_split([len(r.prefix)])
-            old = r.logprobs[len(r.prefix):]
+            old = own.new_tensor(r.logprobs[len(r.prefix):])
             loss = loss + PREFIX_LOSSES[args.prefix_loss](prefix, r.advantage, args.alpha).sum()
             loss = loss + policy_gradient_loss(own, old, r.advantage, clip).sum()
         (loss / divisor).backward()
@@ -712,14 +713,12 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def all_reduce(values: list[float], how: str = "SUM") -> list[float]:
-    """The sum (or "MAX") of each value over the processes."""
-    if WORLD == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
-    return tensor.tolist()
+def gather(value: object) -> list:
+    """Every process's value, in the order of their ranks; all processes must call it."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 def shard(policy: nn.Module, device: str) -> None:
     """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another; bf16 on CUDA."""
@@ -794,13 +793,13 @@ def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
 def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, args: Namespace,
                step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then the update: (metrics over all processes, this process's groups)."""
-    seconds, drawn = {"sample": 0.0}, {}
+    seconds, drawn = {"sample": 0.0}, []
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
         started = time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
                                        args.cuda_graphs, args.kv_tokens)
-        drawn.update((id(c), (c, lp)) for c, lp in zip(completions, logprobs))
+        drawn.extend(zip(completions, logprobs))
         seconds["sample"] += time.perf_counter() - started
         return completions
 
@@ -812,8 +811,9 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, arg
                            task.score, rng, args.speculate, args.max_response, task.breaks)
     rollouts = [r for group in groups for r in group]
     advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
+    scores = {id(completion): logprobs for completion, logprobs in drawn}
     for r, advantage in zip(rollouts, advantages.flatten().tolist()):
-        r.advantage = advantage
+        r.advantage, r.sampler_logprobs = advantage, scores.get(id(r.completion), ())
     seconds["score"] = time.perf_counter() - started - seconds["sample"]
 
     # ---- Learning phase
@@ -833,34 +833,26 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, arg
         refresh(sampler, policy)
     seconds["update"] = time.perf_counter() - started
 
-    sums = rollout_statistics(rollouts, drawn, args, end_ids(policy)) | {"loss": [loss, 1]}
-    flat = all_reduce([float(x) for pair in sums.values() for x in pair])
-    metrics = {name: total / count if count and math.isfinite(total) else None
-               for name, total, count in zip(sums, flat[::2], flat[1::2])}
     peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
-    metrics |= {"grad_norm": norm if math.isfinite(norm) else None, "peak_memory_gib": peak}
-    return metrics | {f"seconds_{name}": s for name, s in seconds.items()}, groups
+    metrics = rollout_statistics([r for part in gather(rollouts) for r in part], args,
+                                 end_ids(policy))
+    return metrics | {
+        "tokens_generated": sum(gather(sum(len(completion) for completion, _ in drawn))),
+        "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
+        **{f"seconds_{name}": s for name, s in seconds.items()}}, groups
 
-def rollout_statistics(rollouts: list[Rollout], drawn: dict[int, tuple], args: Namespace,
-                       ends: Tokens) -> dict[str, list[float]]:
-    """name -> [sum, count], so that a mean over all processes is a quotient of sums.
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, or None if there is none or it is not finite."""
+    values = list(values)
+    total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+    return total / len(values) if values and math.isfinite(total) else None
 
-    Args: drawn: id of a completion -> it and its log-probs, for all that were generated.
-    """
-    def mean(values: Iterable[float]) -> list[float]:
-        values = list(values)
-        return [sum(values), len(values)]
-
-    def join(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.tensor([x for t in tensors for x in t.tolist()], dtype=torch.float64)
-
+def rollout_statistics(rollouts: list[Rollout], args: Namespace, ends: Tokens) -> dict:
+    """What a step's rollouts, of all processes, say: a line of metrics.jsonl."""
     own = [r for r in rollouts if r.completion]
-    trained = [r for r in rollouts if r.logprobs is not None]
-    p = join(r.logprobs[:len(r.prefix)] for r in trained).exp()
-    seen = [x for r in trained if r.completion for x in drawn[id(r.completion)][1]]
-    gap = join(r.logprobs[len(r.prefix):] for r in trained) - torch.tensor(seen)
-    once = int(RANK == 0)  # counts are added over the processes, not averaged
+    trained = [r for r in rollouts if r.logprobs]
+    p = [math.exp(x) for r in trained for x in r.logprobs[:len(r.prefix)]]
     return {
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
         "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
@@ -871,15 +863,15 @@ def rollout_statistics(rollouts: list[Rollout], drawn: dict[int, tuple], args: N
         "response_length": mean(len(r.prefix + r.completion) for r in rollouts),
         "completion_length": mean(len(r.completion) for r in own),
         "truncated": mean(r.completion[-1] not in ends for r in own),
-        "entropy": mean(join(r.entropies[len(r.prefix):] for r in trained).tolist()),
-        "logprob_gap": mean(gap.abs().tolist()),
-        "prefix_p": mean(p.tolist()),
-        "prefix_outside_share": mean((p < args.alpha).tolist()),
-        "prefix_weight": mean((1 / p.clamp(min=args.alpha)).tolist()),
-        "prefix_inverse_p": mean((1 / p).tolist()),
-        "tokens_generated": [sum(len(completion) for completion, _ in drawn.values()), once],
-        "tokens_trained": [sum(len(r.logprobs) for r in trained), once],
-        "rollouts_skipped": [len(rollouts) - len(trained), once]}
+        "entropy": mean(x for r in trained for x in r.entropies[len(r.prefix):]),
+        "logprob_gap": mean(abs(x - y) for r in trained for x, y in zip(
+            r.logprobs[len(r.prefix):], r.sampler_logprobs)),
+        "prefix_p": mean(p),
+        "prefix_outside_share": mean(x < args.alpha for x in p),
+        "prefix_weight": mean(1 / max(x, args.alpha, 1e-300) for x in p),
+        "prefix_inverse_p": mean(1 / max(x, 1e-300) for x in p),
+        "tokens_trained": sum(len(r.logprobs) for r in trained),
+        "rollouts_skipped": len(rollouts) - len(trained)}
 
 def evaluate(sampler: nn.Module, task: Task, args: Namespace, whole: bool) -> dict[str, float]:
     """Share of held-out problems solved, by one response each, sampled as in training and greedy.
@@ -894,8 +886,8 @@ def evaluate(sampler: nn.Module, task: Task, args: Namespace, whole: bool) -> di
             responses, _ = sample(sampler, [p.prompt_ids for p in mine],
                                   [args.max_response] * len(mine), temperature,
                                   args.cuda_graphs, args.kv_tokens)
-            right, count = all_reduce([sum(map(task.score, mine, responses)), len(mine)])
-            found[name if temperature else f"{name}, greedy"] = right / count
+            right = sum(gather(sum(map(task.score, mine, responses))))
+            found[name if temperature else f"{name}, greedy"] = right / len(problems)
     return found
 
 def show_group(group: list[Rollout], tokenizer) -> None:
@@ -947,7 +939,7 @@ def train(args: Namespace) -> None:
                 "seconds": time.perf_counter() - began})
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("reward_unguided", "guided",
                          "response_length") if metrics[k] is not None})
-        (stop,) = all_reduce([bool(interrupted) or bad == 3], "MAX")
+        stop = any(gather(bool(interrupted) or bad == 3))
         if stop or done == args.steps or done % args.save_every == 0:
             save(policy, tokenizer, optimizer, done, out)
         if stop:
@@ -960,7 +952,7 @@ def train(args: Namespace) -> None:
     if RANK == 0:
         publish(out)
         print_table(out)
-    all_reduce([0])  # the files are there
+    gather(0)  # the files are there
 
 def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Callable[[dict], None]:
     """A function that appends a line to metrics.jsonl, which is cut back to the step resumed from.
@@ -970,7 +962,7 @@ def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Calla
     policy.config.trapo = {k: v for k, v in vars(args).items()
                            if k not in ("schedule", "resume", "overwrite")}
     policy.config.trapo["thresholds"] = [str(t) for t in args.thresholds]  # JSON knows no inf
-    all_reduce([0])  # nobody writes before everybody has read
+    gather(0)  # nobody writes before everybody has read
     if RANK:
         return lambda metrics: None
     for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
