@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface is imported: a test never asks the network
 
 import datasets
+import pandas
 import pytest
 import safetensors.torch
 import tokenizers
@@ -1598,10 +1599,9 @@ def test_students_t_is_that_of_the_printed_tables(df, printed):
 
 def test_mean_interval_by_hand():
     """1, 2, 3: standard deviation 1, standard error 1 / sqrt(3), two degrees of freedom."""
-    assert mean_interval([1, 2, 3]) == pytest.approx((2, 4.30265 / math.sqrt(3)), rel=1e-5)
-    assert mean_interval([5, 5]) == (5, 0)
-    assert mean_interval([7])[0] == 7 and math.isnan(mean_interval([7])[1])
-    assert math.isnan(mean_interval([])[0])
+    for values, expected in (([1, 2, 3], f"2.000 ± {4.30265 / math.sqrt(3):.3f}"),
+                             ([5, 5, math.nan], "5.000 ± 0.000"), ([7], "7.000"), ([], "-")):
+        assert mean_interval(pandas.Series(values, dtype=float)) == expected
 
 
 def test_bootstrap_interval_by_hand():
@@ -1611,20 +1611,20 @@ def test_bootstrap_interval_by_hand():
     assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
 
 
-def record(benchmark, problem, sample, correct, of=2, **more):
-    return {"benchmark": benchmark, "problem": problem, "of": of, "sample": sample,
+def record(benchmark, problem, number, correct, of=2, **more):
+    return {"benchmark": benchmark, "number": number, "of": of, "prompt": f"problem {problem}",
             "response": "\\boxed{7}", "answer": "7", "correct": float(correct), "note": "",
             "tokens": 10, "truncated": False, **more}
 
 
 def test_results_by_hand():
     """1 of 2 samples right, and 0 of 2: avg@2 1/4, pass@2 1/2, and means from 0 to 1/2."""
-    rows = [record("b", 0, 0, 1, tokens=30), record("b", 0, 1, 0, truncated=True),
-            record("b", 1, 0, 0), record("b", 1, 1, 0, note="broken")]
+    rows = [record("b", 0, 0, 1, of=4, tokens=30), record("b", 0, 1, 0, of=4, truncated=True),
+            record("b", 1, 2, 0, of=4), record("b", 1, 3, 0, of=4, note="broken")]
     evaluation.report({}, rows, Path("."))
     found = json.loads(Path("results.json").read_text())["benchmarks"]["b"]
-    assert found == {"problems": 2, "of": 2, "k": 2, "avg@k": 0.25, "low": 0, "high": 0.5,
-                     "pass@k": 0.5, "pass@1..k": [0.25, 0.5], "truncated": 0.25,
+    assert found == {"problems": 2, "samples": 4, "of": 4, "k": 2, "avg@k": 0.25, "low": 0,
+                     "high": 0.5, "pass@k": 0.5, "pass@1..k": [0.25, 0.5], "truncated": 0.25,
                      "unreadable": 0.25, "tokens": 15}
 
 
@@ -1638,16 +1638,20 @@ def test_the_five_benchmark_average_wants_all_five_complete():
         assert json.loads(Path("results.json").read_text())["table_1_average"] == expected
 
 
+PROTOCOL = Namespace(samples=None, temperature=0.6, limit=None)
+
+
 @needs_data
 @pytest.mark.parametrize("name, problems, samples", [("aime", 30, 32), ("amc", 83, 32),
                                                      ("minerva", 272, 1)])
 def test_identical_rows_of_the_authors_files_are_one_problem(name, problems, samples, tokenizer):
     """32 rows of an AIME or AMC problem are one problem, sampled 32 times, in the file's order."""
     path = str(DATA / f"valid.{name}.parquet")
-    found = load_benchmark(path, tokenizer)
-    assert (found.name, len(found.problems), found.samples) == (f"valid.{name}", problems, samples)
+    found = load_benchmark(path, tokenizer, PROTOCOL)
+    counts = Counter((tuple(p.prompt_ids), p.answer) for p in found)
+    assert len(counts) == problems and set(counts.values()) == {samples}
     first = [trapo.read_row(row)[2] for row in load_rows(path)][::samples][:3]
-    assert [p.answer for p in found.problems[:3]] == first
+    assert [p.answer for p in found[::samples][:3]] == first
 
 
 @pytest.mark.parametrize("row, answer", [
@@ -1658,8 +1662,8 @@ def test_identical_rows_of_the_authors_files_are_one_problem(name, problems, sam
 def test_benchmarks_may_have_the_columns_of_any_of_the_data_sets(row, answer, tokenizer):
     """GSM8K, Minerva, OlympiadBench, AMC; a row's solution does not matter."""
     Path("rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    found = load_benchmark("rows.jsonl", tokenizer)
-    assert [p.answer for p in found.problems] == [answer] and found.samples == 2
+    found = load_benchmark("rows.jsonl", tokenizer, PROTOCOL)
+    assert [p.answer for p in found] == [answer, answer]
 
 
 @needs_data
@@ -1683,8 +1687,10 @@ def test_all_solutions_of_gsm8ks_test_set_verify():
 def test_a_response_that_breaks_the_parser_is_wrong_and_says_so(monkeypatch):
     """It is recorded as unreadable, and the evaluation goes on."""
     broken = record("b", 0, 0, 1, response="\\boxed{no number here, said the parser}")
+    evaluation.report({}, [broken], Path("."))
     monkeypatch.setattr("math_verify.parse", lambda *_, **__: [][0])
-    evaluation.grade_record(broken)
+    evaluation.main(["model", "gone", "--rescore", "--out", "."])
+    (broken,) = evaluation.read_samples(Path("."))
     assert (broken["correct"], broken["note"]) == (0.0, "list index out of range")
 
 
@@ -1718,9 +1724,9 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
     """It draws only what is missing, and ends with the very samples of an uninterrupted one."""
     evaluation.main(["model", stand_in, *FEW, "--out", "whole"])
     count_calls(monkeypatch, stop_at=2)
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(KeyboardInterrupt):
         evaluation.main(["model", stand_in, *FEW, "--out", "cut"])
-    assert len(Path("cut/samples.jsonl").read_text().splitlines()) == 4
+    assert len(evaluation.read_samples(Path("cut"))) == 4
     for expected in ([4, 2], []):
         calls = count_calls(monkeypatch)
         evaluation.main(["model", stand_in, *FEW, "--out", "cut"])
@@ -1732,18 +1738,30 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
 
 
 def test_another_benchmark_joins_the_results_and_other_settings_are_refused(stand_in, few, capsys):
-    """One folder holds one protocol: another temperature or file wants --out or --overwrite."""
+    """One folder holds one protocol: another temperature or file wants another folder."""
     args = ["model", stand_in, *FEW, "--out", "here", "--limit", "2"]
     evaluation.main(args)
     Path("more.jsonl").write_text(Path("few.jsonl").read_text())
     evaluation.main([*args, "--on", "more.jsonl"])
     assert list(json.loads(Path("here/results.json").read_text())["benchmarks"]) == ["few", "more"]
-    assert "another temperature" in refused([*args, "--temperature", "0"], capsys)
+    assert "other settings" in refused([*args, "--temperature", "0"], capsys)
     Path("few.jsonl").write_text(Path("few.jsonl").read_text().replace('"0"', '"1"'))
     assert "other problems" in refused(args, capsys)
-    evaluation.main([*args, "--temperature", "0", "--overwrite"])
-    results = json.loads(Path("here/results.json").read_text())
-    assert list(results["benchmarks"]) == ["few"] and results["settings"]["temperature"] == 0
+
+
+def test_an_evaluation_cut_short_is_neither_complete_nor_lost(stand_in, few, monkeypatch):
+    """A later evaluation of something else keeps its samples, and reports how many there are."""
+    count_calls(monkeypatch, stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(["model", stand_in, *FEW, "--out", "here"])
+    Path("more.jsonl").write_text(Path("few.jsonl").read_text())
+    evaluation.main(["model", stand_in, *FEW, "--out", "here", "--on", "more.jsonl"])
+    found = json.loads(Path("here/results.json").read_text())["benchmarks"]
+    assert {name: (b["samples"], b["of"]) for name, b in found.items()} == {
+        "few": (4, 10), "more": (10, 10)}
+    calls = count_calls(monkeypatch)
+    evaluation.main(["model", stand_in, *FEW, "--out", "here"])
+    assert calls == [4, 2]
 
 
 def test_protocol_is_temperature_06_and_greedy_samples_once(stand_in, few, monkeypatch):
@@ -1773,8 +1791,7 @@ def test_two_processes_give_what_one_gives(stand_in, few):
 
 def test_rescore_grades_saved_samples_without_a_model(monkeypatch):
     """A wrong verdict in the file is put right; nothing is loaded, nothing is drawn."""
-    evaluation.write(Path("samples.jsonl"), [record("b", 0, 0, 0), record("b", 1, 0, 1)])
-    evaluation.write(Path("results.json"), [{"settings": {"seed": 0}}])
+    evaluation.report({"seed": 0}, [record("b", 0, 0, 0), record("b", 1, 1, 1)], Path("."))
     monkeypatch.setattr(evaluation, "load_policy", None)
     evaluation.main(["model", "gone", "--rescore", "--out", "."])
     results = json.loads(Path("results.json").read_text())
@@ -1802,7 +1819,7 @@ def test_the_embedded_model_is_evaluated_on_its_own_held_out_problems(monkeypatc
 
 def write_run(name, method, seed, accuracy, tokens=1000, steps=2, **changes):
     """A run's folder with two steps; its reward is the accuracy as well."""
-    settings = {"method": method, "seed": seed, "model": f"runs/base-{seed}", "steps": steps,
+    settings = {"method": method, "seed": seed, "model": f"runs/base-seed{seed}", "steps": steps,
                 "out": name, "lr": 1e-3, **changes}
     line = {"reward_unguided": accuracy, "guided": 0.5, "entropy": 1.0, "response_length": 9.0,
             "tokens_generated": tokens, "tokens_trained": 500, "seconds_sample": 1.0,
@@ -1855,13 +1872,13 @@ def test_curves_are_drawn_into_a_file():
 # ---- Speed, and what is refused
 
 def test_speed_measures_the_products_own_code(capsys):
-    """Sampling, log-probs and whole steps, each against its plain counterpart."""
-    evaluation.main(["speed", "--prompts", "2", "--max-response", "6", "--prompt-tokens", "4",
-                     "--batches", "2", "--repeat", "1", "--device", "cpu"])
+    """Whole steps of three methods, at several batch sizes, with their parts."""
+    evaluation.main(["speed", "--prompts", "1", "2", "--max-response", "6", "--repeat", "1",
+                     "--device", "cpu"])
     printed = capsys.readouterr().out
-    for what in ("matrix product", "sample, batch 2", "model.generate, batch 2",
-                 "token_logprobs, batch 2", "plain log_softmax, batch 2", "step of grpo",
-                 "step of trapo, sequential", "step of trapo, speculative", "GiB", "tokens/s"):
+    for what in ("grpo, 8 rollouts", "trapo --no-speculate, 16 rollouts",
+                 "trapo --speculate, 16 rollouts", "sampling, tokens/s", "update, tokens/s",
+                 "step, s", "MFU", "GiB", "matrix product"):
         assert what in printed
 
 
@@ -1899,12 +1916,11 @@ def test_bad_input_is_refused_in_one_line(stand_in, few, capsys, monkeypatch):
             ((*model, "--on", "bare.jsonl"), "answer"),
             ((*model, "--on", "aime25"), "math-ai/aime25"),
             ((*model, "--on", "few.jsonl", "few.jsonl"), "once"),
-            ((*model, "--on", "few.jsonl", "--temperature", "-1"), "--temperature"),
             ((*model, "--on", "few.jsonl", "--samples", "0"), "--samples"),
             ((*model, "--rescore"), "no samples"), (("runs", "nowhere"), "nowhere"),
             (("runs", "empty"), "metrics.jsonl"), (("runs", "begun"), "no finished step"),
             (("runs", a0, a0), "same seed"), (("runs", a0, "--against", "luffy"), "luffy"),
-            (("runs", a0, "--against", "trapo"), "no run of another method"),
+            (("runs", a0, "--against", "trapo"), "in common"),
             (("runs", a0, b0, "--sideways"), "--sideways"), (("dance",), "dance"),
             (("speed", "--model", "random:Qwen3"), "Qwen3"),
             (("speed", "--prompts", "0"), "prompts")):
