@@ -20,13 +20,11 @@ import pandas
 import torch
 import torch.distributed as dist
 import transformers
-from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import trapo
-from trapo import (RANK, WORLD, InputError, Parser, Problem, Tokens, brief, load_policy,
-                   make_sampler, sample)
+from trapo import RANK, WORLD, InputError, Parser, Problem, brief, load_policy, make_sampler, sample
 
 # ==== Part 1. Statistics. An accuracy without its interval is half a result: on the 30 problems of
 # AIME two models 10 points apart may well be equally good.
@@ -43,8 +41,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def bootstrap_interval(values: list[float]) -> tuple[float, float]:
     """95 % interval of the mean of [n] values, one a problem, by resampling the problems.
 
-    Not the samples: those of one problem are alike. Seeded: the same values, the same interval. Of
-    equal values it has no width: the bootstrap cannot imagine what it has not seen.
+    Not the samples: those of one problem are alike. Of equal values (none right, say) it has no
+    width: the bootstrap cannot imagine what it has not seen.
     """
     rng = numpy.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(4000)]
@@ -63,17 +61,14 @@ def mean_interval(values: pandas.Series) -> str:
             f"{mean:.3f}" if n else "-")
 
 # ==== Part 2. Benchmarks, and how often the paper's protocol samples each problem.
-BENCHMARKS = {  # short name: data set on the Hub, its configuration, its split, samples a problem
-    "gsm8k": ("openai/gsm8k", "main", "test", 1),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test", 1),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train", 32),
-    "aime25": ("math-ai/aime25", None, "test", 32),
-    "amc": ("AI-MO/aimo-validation-amc", None, "train", 32),  # the paper's 83 problems
-    "minerva": ("math-ai/minervamath", None, "test", 1),
-    "olympiad": ("math-ai/olympiadbench", None, "test", 1),
-}
-TABLE_1 = {"aime24": "valid.aime", "amc": "valid.amc", "math500": "valid.math",  # the paper's five,
-           "minerva": "valid.minerva", "olympiad": "valid.olympiad_bench"}  # and the authors' files
+BENCHMARKS = {  # Hub data set, configuration, split, samples a problem, authors' file if in Table 1
+    "gsm8k": ("openai/gsm8k", "main", "test", 1, None),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test", 1, "valid.math"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train", 32, "valid.aime"),
+    "aime25": ("math-ai/aime25", None, "test", 32, None),
+    "amc": ("AI-MO/aimo-validation-amc", None, "train", 32, "valid.amc"),
+    "minerva": ("math-ai/minervamath", None, "test", 1, "valid.minerva"),
+    "olympiad": ("math-ai/olympiadbench", None, "test", 1, "valid.olympiad_bench")}
 
 def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     """The problems of a Hub benchmark or of a file, each as often as it is to be sampled.
@@ -82,7 +77,7 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     files hold each problem of AIME and AMC 32 times. InputError if there are none with answers.
     """
     from datasets import load_dataset
-    hub, config, split, samples = BENCHMARKS.get(name, (None, None, None, None))
+    hub, config, split, samples, _ = BENCHMARKS.get(name, [None] * 5)
     try:
         rows = load_dataset(hub, config, split=split) if hub else trapo.load_rows(name)
     except Exception as error:  # the Hub, the network and the parsers all raise their own
@@ -95,7 +90,7 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     distinct = list({(tuple(p.prompt_ids), p.answer): p for p in problems}.values())
     protocol = samples or len(problems) // len(distinct)
     k = args.samples or (protocol if args.temperature else 1)  # greedy samples are all the same
-    return [p for p in distinct[:args.limit] for _ in range(k)]
+    return [p for p in distinct[:args.limit or None] for _ in range(k)]
 
 def load_benchmarks(args: Namespace, tokenizer, run: dict) -> tuple[dict, Callable]:
     """What --on names; for the embedded experiment's model (settings: run) its held-out sets.
@@ -116,17 +111,13 @@ def load_benchmarks(args: Namespace, tokenizer, run: dict) -> tuple[dict, Callab
 # its place alone, and it is saved in a file of its own, whole or not at all: so neither an
 # interruption nor the number of processes changes what is drawn.
 def run_benchmark(name: str, problems: list[Problem], saved: list[dict], out: Path,
-                  sampler: nn.Module, tokenizer, grade: Callable, args: Namespace) -> None:
-    """Draw and grade this process's share of the chunks, except for those that are saved already.
-
-    `problems` has one entry a sample, and so has a chunk's file.
-    """
+                  sampler: torch.nn.Module, tokenizer, grade: Callable, args: Namespace) -> None:
+    """Draw, grade and save a sample of each of `problems`: this process's chunks, unless saved."""
     asked = [{"benchmark": name, "number": i, "of": len(problems), "answer": p.answer,
               "prompt": tokenizer.decode(p.prompt_ids)} for i, p in enumerate(problems)]
     saved = [r for r in saved if r["benchmark"] == name]
     if any(r["of"] != len(asked) or not asked[r["number"]].items() <= r.items() for r in saved):
-        raise InputError(f"{out} holds samples of other problems by the name {name}: delete "
-                         "that folder, or give another --out")
+        raise InputError(f"{out} holds samples of other problems called {name}: give another --out")
     done, right = {r["number"] for r in saved}, [r["correct"] for r in saved]
     mine = range(0, len(problems), args.chunk)[RANK::WORLD]
     bar = tqdm([first for first in mine if first not in done], name, disable=RANK > 0)
@@ -170,7 +161,7 @@ def report(settings: dict, records: list[dict], out: Path) -> None:
                        "pass@k": passes[-1], "truncated": mine.truncated.mean(),
                        "unreadable": (mine.note != "").mean(),
                        "tokens": round(mine.tokens.mean()), "pass@1..k": passes}
-    five = [found.get(name, found.get(file)) for name, file in TABLE_1.items()]
+    five = [found.get(name, found.get(file)) for name, (*_, file) in BENCHMARKS.items() if file]
     average = (statistics.fmean(b["avg@k"] for b in five)
                if all(b and b["samples"] == b["of"] for b in five) else None)
     write(out / "samples.jsonl", records)
@@ -178,8 +169,7 @@ def report(settings: dict, records: list[dict], out: Path) -> None:
                                   "table_1_average": average}], indent=1)
     for chunk in out.glob("samples-*.jsonl"):
         chunk.unlink()
-    table = pandas.DataFrame.from_dict(found, orient="index").drop(columns="pass@1..k")
-    print(table.to_string(float_format="{:.1%}".format))
+    print(pandas.DataFrame(found).drop("pass@1..k").T.to_string(float_format="{:.1%}".format))
     print(f"low to high: 95 % interval of avg@k; every sample is in {out}/samples.jsonl")
     if average is not None:
         print(f"average of the paper's five benchmarks: {average:.1%}")
@@ -196,7 +186,10 @@ def evaluate(args: Namespace) -> None:
         for r in tqdm(records, "grading"):
             if not r["benchmark"].startswith("clock: "):  # those were graded by their tokens
                 r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
-        return report(old["settings"], records, out)
+        return report(old.get("settings"), records, out)
+    low = min(args.samples or 1, args.max_tokens or 1, args.limit or 1, args.chunk)
+    if low < 1 or not args.temperature >= 0:
+        raise InputError("--samples, --max-tokens, --limit, --chunk and --temperature are too low")
     policy, tokenizer = load_policy(args.model)
     run = getattr(policy.config, "trapo", {})
     args.max_tokens = args.max_tokens or run.get("max_response", 8192)
@@ -204,34 +197,30 @@ def evaluate(args: Namespace) -> None:
     weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
     settings = {k: getattr(args, k) for k in ("temperature", "samples", "max_tokens", "limit",
                 "seed", "chunk")} | {"weights": hashlib.sha256(weights).hexdigest()}
-    if old and old["settings"] != settings:
-        raise InputError(f"{out} holds an evaluation of other weights or with other settings, "
-                         f"{old['settings']}: delete it, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    if (old or records) and old.get("settings") != settings:
+        raise InputError(f"{out} holds samples of other weights or settings: give another --out")
     if RANK == 0 and not old:
+        out.mkdir(parents=True, exist_ok=True)
         write(out / "results.json", [{"settings": settings}])
-    if cuda and WORLD > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD > 1:  # nobody draws before all have read; at the end one may wait hours for another
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.barrier()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     sampler = make_sampler(policy, "cuda" if cuda else "cpu")
     for name, problems in benchmarks.items():
         run_benchmark(name, problems, records, out, sampler, tokenizer, grade, args)
-    if WORLD > 1:  # wait for the others: one process may be done hours before another
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    if WORLD > 1:
         dist.barrier()
     if RANK == 0:
         report(settings, read_samples(out), out)
 
-# ==== Part 4. Comparing training runs. Runs that differ in nothing but the seed are one method.
+# ==== Part 4. Training runs. Those that differ only in the seed, and in its base, are one method.
 NOT_METHOD = ["seed", "out", "device", "wandb", "save_every", "eval_every"]
-PANELS = {"reward_unguided": "unguided reward", "accuracy": "held-out accuracy",
-          "guided": "share of rollouts guided", "entropy": "entropy, nats",
-          "response_length": "response length, tokens",
-          "tokens_generated": "tokens generated, thousands"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-           "#888888")  # Okabe and Ito's, which colour-blind readers can tell apart
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
 
 def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
-    """A run's settings, what it came to, and its curves: the columns of PANELS by step.
+    """A run's settings, what it came to, and its curves: what plot draws, by step.
 
     Seconds are those of training, without the evaluations; noisy curves are running means over 1/15
     of the run. InputError if there is no finished step.
@@ -245,25 +234,24 @@ def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
         raise InputError(f"{folder} is not a training run ({brief(error)})") from error
     if metrics.index[-1] < 1:
         raise InputError(f"{folder}/metrics.jsonl has no finished step")
-    if metrics.index[-1] < settings["steps"]:
-        print(f"note: {folder} stands at step {metrics.index[-1]} of {settings['steps']}")
     steps, evals = metrics.loc[1:], metrics["eval"].dropna()
     noisy = steps[["reward_unguided", "guided", "entropy", "response_length"]].astype(float)
-    tokens = steps[["tokens_generated", "tokens_trained"]].cumsum() / 1000
-    final = {**(evals.iloc[-1] if len(evals) else {}),
-             "unguided reward, last tenth": noisy.reward_unguided[-max(1, len(steps) // 10):].mean(),
-             "tokens generated (k)": tokens.tokens_generated.iloc[-1],
-             "tokens trained (k)": tokens.tokens_trained.iloc[-1],
+    noisy.columns = ["unguided reward", "share of rollouts guided", "entropy, nats",
+                     "response length, tokens"]
+    generated = (steps.tokens_generated.cumsum() / 1000).rename("tokens generated, thousands")
+    accuracy = evals.map(lambda found: next(iter(found.values()))).rename("held-out accuracy")
+    final = {**(evals.iloc[-1] if len(evals) else {}), "steps": len(steps),
+             "unguided reward, last tenth": noisy.iloc[-max(1, len(steps) // 10):, 0].mean(),
+             generated.name: generated.iloc[-1],
+             "tokens trained, thousands": steps.tokens_trained.sum() / 1000,
              "seconds": steps[["seconds_sample", "seconds_score", "seconds_update"]].sum(axis=None)}
-    curves = noisy.rolling(max(1, len(steps) // 15), min_periods=1).mean().join(tokens)
-    accuracy = evals.map(lambda found: next(iter(found.values()))).rename("accuracy")
-    return settings, final, curves.join(accuracy, how="outer")
+    smooth = noisy.rolling(max(1, len(steps) // 15), min_periods=1).mean()
+    return settings, final, smooth.join(generated).join(accuracy, how="outer")
 
 def name_methods(runs: list[dict]) -> list[str]:
     """Settings of runs -> names of their methods: the preset, and what tells its variants apart."""
     frame = pandas.DataFrame(runs).astype(str).drop(columns=NOT_METHOD, errors="ignore")
-    frame["model"] = [Path(str(run["model"])).name.replace(f"seed{run['seed']}", "seed*")
-                      for run in runs]  # each seed has a base of its own
+    frame["model"] = [Path(str(r["model"])).name.replace(f"seed{r['seed']}", "*") for r in runs]
     names = frame.method.copy()
     for _, same in frame.groupby("method"):
         for key in same.columns[same.nunique() > 1]:
@@ -290,44 +278,40 @@ def compare(args: Namespace) -> None:
     if args.against:
         pairs = [(m, s) for m, s in keys if m != args.against and (args.against, s) in keys]
         if not pairs:
-            raise InputError(f"--against {args.against}: name one of {', '.join(dict(keys))} that "
-                             "has a seed in common with another")
-        base = found.loc[[(args.against, seed) for _, seed in pairs]]
-        show(f"difference to {args.against} at the same seed", found.loc[pairs] - base.values,
-             args.markdown)
+            raise InputError(f"--against: no seed in common; methods: {', '.join(dict(keys))}")
+        base = found.loc[[(args.against, seed) for _, seed in pairs]].values
+        show(f"difference to {args.against}, seed by seed", found.loc[pairs] - base, args.markdown)
     if args.plot:
         plot(pandas.concat(curves, keys=keys, names=index.names), args.plot)
 
 def plot(frame: pandas.DataFrame, path: str) -> None:
-    """Draw PANELS: a line a method, its seeds' mean, in a band from their least to their most."""
+    """Draw each column: a line a method, its seeds' mean, in a band from the least to the most."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 5.4), layout="constrained")
-    for axis, (key, title) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+    for axis, title in zip(figure.subplots(2, 3).flat, frame):
         for i, method in enumerate(frame.index.unique("method")):
-            seeds = frame.loc[method][key].unstack("seed").dropna()
-            axis.plot(seeds.mean(axis=1), label=method, color=COLOURS[i % 8], markersize=4,
-                      marker="osD^vPX*"[i % 8], markevery=max(1, len(seeds) // 8))
+            seeds = frame.loc[method][title].unstack("seed").dropna()
+            axis.plot(seeds.mean(axis=1), label=method, color=COLOURS[i % 7], markersize=4,
+                      marker="osD^vPX"[i % 7], markevery=max(1, len(seeds) // 8))
             axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
-                              color=COLOURS[i % 8], linewidth=0)
+                              color=COLOURS[i % 7], linewidth=0)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.3)
     figure.supxlabel("training step (bands: least to most over seeds; noisy curves: running means)")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=150)
-    print(f"curves are in {path}")
 
 # ==== Part 5. Speed and memory of trapo.py's own training steps, on random prompts and experts and
 # with a coin for a reward. No response ends before its limit, so that the work is known.
 SHAPES = {  # width, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
     "random:Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "random:Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "random:Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
-}
+    "random:Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False)}
 
-def speed_model(name: str | None, device: str) -> nn.Module:
+def speed_model(name: str | None, device: str) -> torch.nn.Module:
     """The embedded experiment's model, one of SHAPES with random weights, or a saved one."""
     if name in SHAPES:
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -340,16 +324,11 @@ def speed_model(name: str | None, device: str) -> nn.Module:
     policy.generation_config.eos_token_id = None
     return policy.to(device)
 
-def spread(values: pandas.Series) -> str:
-    """The median, and the range in brackets."""
-    return f"{values.median():.4g} ({values.min():.4g} to {values.max():.4g})"
-
 def speed(args: Namespace) -> None:
     """`eval.py speed`: whole steps of three methods at several batch sizes.
 
     Model FLOPs of an update: 6 a weight and token, the head's only for response tokens; neither
-    attention's products nor what is computed twice. MFU: their rate over that of a large matrix
-    product, measured here too.
+    attention's products nor what is computed twice. MFU: their rate over a matrix product's.
     """
     flags = [*args.rest, "--overwrite"] + (["--model", args.model] if args.model else [])
     settings, rng, prompt = trapo.parse_args(flags), numpy.random.default_rng(0), 64
@@ -366,41 +345,36 @@ def speed(args: Namespace) -> None:
         task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids], {},
                           lambda problem, response: float(rng.random() < 0.4))
         for method in ("grpo", "trapo --no-speculate", "trapo --speculate"):
-            settings = trapo.parse_args(
-                [*flags, "--prompts", str(prompts), "--method", *method.split()])
+            settings = trapo.parse_args(flags + f"--prompts={prompts} --method={method}".split())
             steps = pandas.DataFrame(
                 trapo.train_step(policy.train(), sampler, optimizer, task, settings, i)[0]
                 for i in tqdm(range(args.repeat + 1), method, leave=False)).loc[1:]  # 0: warm-up
             rollouts, tokens = prompts * sum(settings.sizes), steps.tokens_trained
-            flops = 6 * (head * tokens + body * (
-                tokens + prompt * (rollouts - steps.rollouts_skipped)))
-            rows[f"{method}, {rollouts} rollouts"] = {
-                "sampling, tokens/s": spread(steps.tokens_generated / steps.seconds_sample),
-                "update, tokens/s": spread(tokens / steps.seconds_update),
-                "MFU": f"{(flops / steps.seconds_update).median() / peak:.1%}",
-                "step, s": spread(steps.filter(like="seconds_").sum(axis=1)),
-                "peak GiB so far": f"{steps.peak_memory_gib.max():.2f}"}
-    print(pandas.DataFrame.from_dict(rows, orient="index").to_string())
+            read = tokens + prompt * (rollouts - steps.rollouts_skipped)
+            flops = 6 * (body * read + head * tokens)
+            rows[f"{method}, {rollouts} rollouts"] = pandas.DataFrame({
+                "sampled, k tokens/s": steps.tokens_generated / steps.seconds_sample / 1000,
+                "trained, k tokens/s": tokens / steps.seconds_update / 1000,
+                "MFU, %": 100 * flops / steps.seconds_update / peak,
+                "step, s": steps.filter(like="seconds_").sum(axis=1),
+                "peak so far, GiB": steps.peak_memory_gib,
+            }).apply(lambda x: f"{x.median():.3g} ({x.min():.3g} to {x.max():.3g})")
+    print(pandas.DataFrame(rows).T.to_string())
     print(f"median (least to most) of {args.repeat} steps; matrix product: {peak:.3g} FLOP/s")
 
 # ==== Part 6. The command line.
-def make_parser() -> Parser:
-    """Three subcommands; every flag in one line, with its unit."""
-    def count(text: str) -> int:
-        if int(text) < 1:
-            raise ValueError
-        return int(text)
-
+def main(argv: list[str] | None = None) -> None:
+    """Run a subcommand. Input that cannot be used: one line, exit code 2."""
     commands = (parser := Parser()).add_subparsers(dest="command", required=True)
     add = commands.add_parser("model", help="accuracy of a model").add_argument
     add("model", help="a run's folder, another local model, a Hub id or a bare Qwen name")
     add("--on", nargs="+", default=[], help=f"any of {', '.join(BENCHMARKS)}, or files")
-    add("--samples", type=count, help="samples a problem; default: AIME and AMC 32, others 1")
+    add("--samples", type=int, help="samples a problem; default: AIME and AMC 32, others 1")
     add("--temperature", type=float, default=0.6, help="of sampling, 0.6; 0 is greedy")
-    add("--max-tokens", type=count, help="of a response; default: the run's own limit, else 8192")
-    add("--limit", type=count, help="only the first so many problems of each benchmark")
+    add("--max-tokens", type=int, help="of a response; default: the run's own limit, else 8192")
+    add("--limit", type=int, help="only the first so many problems of each benchmark")
     add("--seed", type=int, default=0, help="of sampling, 0")
-    add("--chunk", type=count, default=256, help="responses sampled, then saved, at a time, 256")
+    add("--chunk", type=int, default=256, help="responses sampled, then saved, at a time, 256")
     add("--out", help="folder of the results; default: <model>/eval")
     add("--rescore", action="store_true", help="grade the saved samples again, generate nothing")
     add = commands.add_parser("runs", help="training runs compared").add_argument
@@ -410,15 +384,11 @@ def make_parser() -> Parser:
     add("--markdown", action="store_true", help="tables in markdown")
     add = commands.add_parser("speed", help="speed; takes trapo.py's flags too").add_argument
     add("--model", help=f"{', '.join(SHAPES)}; or as trapo.py's --model")
-    add("--prompts", type=count, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
-    add("--repeat", type=count, default=5, help="steps measured, after one to warm up; 5")
-    return parser
-
-def main(argv: list[str] | None = None) -> None:
-    """Run a subcommand. Input that cannot be used: one line, exit code 2."""
+    add("--prompts", type=int, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
+    add("--repeat", type=int, default=5, help="steps measured, after one to warm up; 5")
     transformers.utils.logging.disable_progress_bar()
     try:
-        args, args.rest = make_parser().parse_known_args(argv)
+        args, args.rest = parser.parse_known_args(argv)
         if args.rest and args.command != "speed":
             raise InputError(f"{args.command} knows no {' '.join(args.rest)}")
         {"model": evaluate, "runs": compare, "speed": speed}[args.command](args)
