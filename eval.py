@@ -280,7 +280,7 @@ def compare(args: Namespace) -> None:
         if not pairs:
             raise InputError(f"--against: no seed in common; methods: {', '.join(dict(keys))}")
         base = found.loc[[(args.against, seed) for _, seed in pairs]].values
-        show(f"difference to {args.against}, seed by seed", found.loc[pairs] - base, args.markdown)
+        show(f"paired difference to {args.against}", found.loc[pairs] - base, args.markdown)
     if args.plot:
         plot(pandas.concat(curves, keys=keys, names=index.names), args.plot)
 
