@@ -234,7 +234,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
                          ) from error
     policy.generation_config.eos_token_id = sorted(
         {*end_ids(policy), tokenizer.eos_token_id} - {None})
-    check_head(policy)
+    check_policy(policy)
     return policy, tokenizer
 
 def brief(error: Exception) -> str:
@@ -247,19 +247,23 @@ def end_ids(policy: nn.Module) -> Tokens:
     return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
 @torch.no_grad()
-def check_head(policy: nn.Module) -> None:
-    """InputError unless token_logprobs, which applies the head itself, agrees with the model.
-
-    A model that caps or scales its logits would be trained on wrong probabilities without a word.
+def check_policy(policy: nn.Module) -> None:
+    """InputError unless token_logprobs and sample, which do without the model's own logits or mask,
+    agree with it: a model that scales its logits would be trained on wrong probabilities unseen.
     """
-    ids = torch.arange(1, 17) % policy.get_input_embeddings().num_embeddings
-    expected = policy(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-    (ours,), _ = token_logprobs(policy, [ids.tolist()], [1])
-    if not torch.allclose(ours, expected.gather(1, ids[1:, None])[:, 0], atol=1e-3, rtol=1e-3):
-        raise InputError(f"{type(policy).__name__} does more to its logits than a matrix product "
-                         "(soft-capping or scaling?): use a model without, such as Qwen2.5")
+    ids = list(range(1, 17))
+    expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    (ours,), _ = token_logprobs(policy, [ids], [1])
+    (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
+    (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
+    close = functools.partial(torch.allclose, atol=1e-3, rtol=1e-3)
+    if (getattr(policy.config, "sliding_window", None) or not close(again, torch.tensor(drawn))
+            or not close(ours, expected[range(15), ids[1:]])):
+        raise InputError(f"{type(policy).__name__} does more than full attention and a matrix "
+                         "product for its logits (sliding window, soft-capping, scaling?): use a "
+                         "model without, such as Qwen2.5")
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
            temperature: float = 1.0, static: bool = False, kv_tokens: int = 1 << 19,
            ) -> tuple[list[Tokens], list[list[float]]]:
@@ -309,7 +313,7 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
     cache.batch_select_indices(torch.tensor(copies, device=policy.device))
     logits, mask = logits[copies, -1], nn.functional.pad(mask[copies], (0, max(limits)))
     position = mask.sum(1, keepdim=True) - 1  # of the newest token of each row
-    token = torch.zeros_like(position)
+    token, mask = torch.zeros_like(position), mask[:, None, None]  # taken as it is, unchecked
     if static:
         replay = graphed_step(policy, cache, token, position, mask)
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
@@ -325,7 +329,7 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
             break
         token.copy_(choice[:, None])
         position += 1
-        mask[:, now] = True
+        mask[..., now] = True
         if static:
             logits = replay()
             continue
@@ -334,7 +338,7 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
             cache.batch_select_indices(torch.tensor(kept, device=policy.device))
             token, position, mask, noise = (x[kept] for x in (token, position, mask, noise))
             rows, alive = [rows[k] for k in kept], [True] * len(kept)
-        logits = policy(input_ids=token, attention_mask=mask[:, :now + 1], position_ids=position,
+        logits = policy(input_ids=token, attention_mask=mask[..., :now + 1], position_ids=position,
                         past_key_values=cache, use_cache=True).logits[:, -1]
     return completions, logprobs
 
@@ -345,12 +349,12 @@ def graphed_step(policy: nn.Module, cache, token: Tensor, position: Tensor,
     On CUDA it is recorded once and replayed, one launch in place of some 80 a layer. The cache's
     contents move into one whose tensors never move or grow.
     """
-    fixed = transformers.StaticCache(config=policy.config, max_cache_len=mask.shape[1])
+    fixed = transformers.StaticCache(config=policy.config, max_cache_len=mask.shape[-1])
     for i, layer in enumerate(cache.layers):
         fixed.update(layer.keys, layer.values, i)
 
     def step() -> Tensor:
-        return policy(input_ids=token, attention_mask=mask[:, None, None], position_ids=position,
+        return policy(input_ids=token, attention_mask=mask, position_ids=position,
                       past_key_values=fixed, use_cache=True).logits[:, -1]
 
     if not token.is_cuda:
@@ -411,8 +415,9 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
                           for t in range(start, len(s))], dtype=torch.long, device=device)
     targets = ids.flatten()[spots].split(HEAD_CHUNK)
     hidden = hidden.flatten(0, 1)[spots - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
-    chunks = [checkpoint(score_chunk, policy.get_output_embeddings(), h, y, temperature,
-                         use_reentrant=False, preserve_rng_state=False)
+    head, again = policy.get_output_embeddings(), functools.partial(
+        checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
+    chunks = [(again if len(targets) > 1 else score_chunk)(head, h, y, temperature)
               for h, y in zip(hidden, targets)]
     lengths = [len(s) - start for s, start in zip(sequences, starts)]
     logprobs, entropies = (torch.cat(pieces).split(lengths) for pieces in zip(*chunks))
