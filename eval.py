@@ -8,7 +8,7 @@ The sampler, the reward, the update and the loading of models and rows are trapo
 is the share of right answers among k samples of every problem; pass@k the chance that at least one
 of k samples is right.
 """
-import hashlib, json, math, os, random, statistics, sys  # noqa: E401
+import hashlib, json, math, os, random, resource, statistics, sys, time  # noqa: E401
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,11 +20,13 @@ import pandas
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import trapo
-from trapo import RANK, WORLD, InputError, Parser, Problem, brief, load_policy, make_sampler, sample
+from trapo import (RANK, WORLD, InputError, Parser, Problem, Tokens, brief, load_policy,
+                   make_sampler, sample)
 
 # ==== Part 1. Statistics. An accuracy without its interval is half a result: on the 30 problems of
 # AIME two models 10 points apart may well be equally good.
@@ -302,7 +304,10 @@ def plot(frame: pandas.DataFrame, path: str) -> None:
         axis.grid(alpha=0.3)
     figure.supxlabel("training step (bands: least to most over seeds; noisy curves: running means)")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot draw into {path} ({brief(error)})") from error
 
 # ==== Part 5. Speed and memory of trapo.py's own training steps, on random prompts and experts and
 # with a coin for a reward. No response ends before its limit, so that the work is known.
@@ -324,15 +329,68 @@ def speed_model(name: str | None, device: str) -> torch.nn.Module:
     policy.generation_config.eos_token_id = None
     return policy.to(device)
 
+def measure(work: Callable[[], object], amount: int, repeat: int, cuda: bool) -> dict[str, str]:
+    """Time work() after a warm-up: its rate in `amount` a second, seconds, and peak memory."""
+    seconds = []
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    try:
+        for _ in range(repeat + 1):
+            began = time.perf_counter()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    except torch.OutOfMemoryError:
+        return {"k tokens/s": "out of memory"}
+    peak = (torch.cuda.max_memory_allocated() / 2**30 if cuda else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
+    seconds = pandas.Series(seconds[1:])
+    return {"k tokens/s": f"{amount / seconds.median() / 1000:.3g}", "peak, GiB": f"{peak:.2f}",
+            "seconds": f"{seconds.median():.3g} ({seconds.min():.3g} to {seconds.max():.3g})"}
+
+def measure_parts(policy: torch.nn.Module, sampler: torch.nn.Module, ids: list[Tokens], prompt: int,
+                  settings: Namespace, repeat: int) -> dict[str, dict]:
+    """`sample` beside model.generate, and token_logprobs beside whole logits, on rows of `ids`."""
+    cuda, rows, new = settings.device == "cuda", len(ids), settings.max_response
+    requests = [row[:prompt] for row in ids]
+
+    def generate() -> None:  # transformers' own loop, told to sample from the exact policy
+        sampler.eval().generate(
+            torch.tensor(requests, device=sampler.device), max_new_tokens=new, do_sample=True,
+            top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0, pad_token_id=0)
+
+    def plain_logprobs() -> Tensor:  # the logits of the whole batch at one time
+        batch = torch.tensor(ids, device=policy.device)
+        logits = policy(input_ids=batch, use_cache=False).logits[:, prompt - 1:-1].float()
+        return logits.log_softmax(-1).gather(2, batch[:, prompt:, None])
+
+    def update(logprobs: Callable[[], Tensor]) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            logprobs().sum().backward()
+
+    parts = {"sample": lambda: sample(sampler, requests, [new] * rows, 1.0, settings.cuda_graphs,
+                                      settings.kv_tokens),
+             "model.generate": generate,
+             "token_logprobs": lambda: update(lambda: torch.stack(trapo.token_logprobs(
+                 policy, ids, [prompt] * rows)[0])),
+             "plain log_softmax": lambda: update(plain_logprobs)}
+    if not cuda and 16 * rows * new * policy.config.vocab_size > 2**33:  # bytes: too many here
+        del parts["plain log_softmax"]
+    return {f"{name}, {rows} rows": measure(work, rows * new, repeat, cuda)
+            for name, work in parts.items()}
+
 def speed(args: Namespace) -> None:
-    """`eval.py speed`: whole steps of three methods at several batch sizes.
+    """`eval.py speed`: parts, and whole steps of three methods, at several batch sizes.
 
     Model FLOPs of an update: 6 a weight and token, the head's only for response tokens; neither
     attention's products nor what is computed twice. MFU: their rate over a matrix product's.
     """
     flags = [*args.rest, "--overwrite"] + (["--model", args.model] if args.model else [])
     settings, rng, prompt = trapo.parse_args(flags), numpy.random.default_rng(0), 64
-    device, new, rows = settings.device, settings.max_response, {}
+    device, new, parts, rows = settings.device, settings.max_response, {}, {}
     policy = speed_model(args.model, device)
     sampler, optimizer = make_sampler(policy, device), torch.optim.AdamW(policy.parameters())
     head = policy.get_output_embeddings().weight.numel()
@@ -341,8 +399,9 @@ def speed(args: Namespace) -> None:
     square = torch.randn(n, n, device=device).to(dtype)
     peak = 2 * n**3 / Timer("x @ x", globals={"x": square}).blocked_autorange().median
     for prompts in args.prompts:
-        ids = rng.integers(policy.config.vocab_size, size=(prompts, prompt + new)).tolist()
-        task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids], {},
+        ids = rng.integers(1, policy.config.vocab_size, size=(8 * prompts, prompt + new)).tolist()
+        parts |= measure_parts(policy, sampler, ids, prompt, settings, args.repeat)
+        task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids[:prompts]], {},
                           lambda problem, response: float(rng.random() < 0.4))
         for method in ("grpo", "trapo --no-speculate", "trapo --speculate"):
             settings = trapo.parse_args(flags + f"--prompts={prompts} --method={method}".split())
@@ -357,10 +416,11 @@ def speed(args: Namespace) -> None:
                 "trained, k tokens/s": tokens / steps.seconds_update / 1000,
                 "MFU, %": 100 * flops / steps.seconds_update / peak,
                 "step, s": steps.filter(like="seconds_").sum(axis=1),
-                "peak so far, GiB": steps.peak_memory_gib,
             }).apply(lambda x: f"{x.median():.3g} ({x.min():.3g} to {x.max():.3g})")
-    print(pandas.DataFrame(rows).T.to_string())
-    print(f"median (least to most) of {args.repeat} steps; matrix product: {peak:.3g} FLOP/s")
+    for table in (parts, rows):
+        print(pandas.DataFrame(table).T.to_string() + "\n")
+    print(f"median (least to most) of {args.repeat} repetitions; prompts of {prompt}, responses of "
+          f"{new} tokens; matrix product: {peak:.3g} FLOP/s")
 
 # ==== Part 6. The command line.
 def main(argv: list[str] | None = None) -> None:
@@ -395,6 +455,9 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues an evaluation") from None
 
 if __name__ == "__main__":
     main()
+    trapo.leave()

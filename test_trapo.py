@@ -538,12 +538,13 @@ SMALL = dict(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_la
              pad_token_id=0, eos_token_id=2, bos_token_id=None)
 SCALED = [transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0),
           transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
-          transformers.CohereConfig(**SMALL, logit_scale=0.25)]
+          transformers.CohereConfig(**SMALL, logit_scale=0.25),
+          transformers.MistralConfig(**SMALL, sliding_window=4)]
 
 
 @pytest.mark.parametrize("config", SCALED, ids=lambda config: config.model_type)
-def test_a_model_that_caps_or_scales_its_logits_is_refused(config, tokenizer):
-    """token_logprobs would be silently wrong for it; load_policy compares, and says so."""
+def test_a_model_that_token_logprobs_or_sample_would_get_wrong_is_refused(config, tokenizer):
+    """Logits capped or scaled, attention that slides: load_policy compares, and says so."""
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained("scaled")
     tokenizer.save_pretrained("scaled")

@@ -248,17 +248,21 @@ def end_ids(policy: nn.Module) -> Tokens:
 
 @torch.no_grad()
 def check_policy(policy: nn.Module) -> None:
-    """InputError unless token_logprobs and sample, which do without the model's own logits or mask,
-    agree with it: a model that scales its logits would be trained on wrong probabilities unseen.
+    """InputError unless token_logprobs and sample agree with the model's own logits.
+
+    They do without its output layer and its masks: a model that scales its logits, or whose
+    attention slides, would be trained on wrong probabilities without a word.
     """
-    ids = list(range(1, 17))
-    expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    (ours,), _ = token_logprobs(policy, [ids], [1])
-    (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
-    (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
-    close = functools.partial(torch.allclose, atol=1e-3, rtol=1e-3)
-    if (getattr(policy.config, "sliding_window", None) or not close(again, torch.tensor(drawn))
-            or not close(ours, expected[range(15), ids[1:]])):
+    def agrees() -> bool:
+        ids = list(range(1, 17))
+        expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        (ours,), _ = token_logprobs(policy, [ids], [1])
+        (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
+        (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
+        return all(torch.allclose(x, y, atol=1e-3, rtol=1e-3) for x, y in (
+            (ours, expected[range(15), ids[1:]]), (again, torch.tensor(drawn))))
+
+    if getattr(policy.config, "sliding_window", None) or not agrees():
         raise InputError(f"{type(policy).__name__} does more than full attention and a matrix "
                          "product for its logits (sliding window, soft-capping, scaling?): use a "
                          "model without, such as Qwen2.5")
@@ -725,6 +729,12 @@ def gather(value: object) -> list:
         dist.all_gather_object(values, value)
     return values
 
+def leave() -> None:
+    """End this process at once: gloo's threads may outlive its groups and abort a dying Python."""
+    if WORLD > 1:
+        sys.stdout.flush()
+        os._exit(0)
+
 def shard(policy: nn.Module, device: str) -> None:
     """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another; bf16 on CUDA."""
     from torch.distributed import fsdp
@@ -988,6 +998,8 @@ def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Calla
         file.write(json.dumps(metrics) + "\n")
         if run:
             run.log(metrics, step=metrics["step"])
+        if run and metrics["step"] == args.steps:
+            run.finish()
     return record
 
 def print_table(out: Path) -> None:
@@ -1172,3 +1184,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
