@@ -389,7 +389,8 @@ def speed(args: Namespace) -> None:
     attention's products nor what is computed twice. MFU: their rate over a matrix product's.
     """
     flags = [*args.rest, "--overwrite"] + (["--model", args.model] if args.model else [])
-    settings, rng, prompt = trapo.parse_args(flags), numpy.random.default_rng(0), 64
+    settings = trapo.parse_args([*flags, f"--prompts={min(args.prompts)}"])
+    rng, prompt = numpy.random.default_rng(0), 64
     device, new, parts, rows = settings.device, settings.max_response, {}, {}
     policy = speed_model(args.model, device)
     sampler, optimizer = make_sampler(policy, device), torch.optim.AdamW(policy.parameters())

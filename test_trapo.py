@@ -4,6 +4,7 @@ Every test states one fact of the method in its name. Nothing is downloaded: the
 made here. `pytest test_trapo.py` takes some minutes on a CPU.
 """
 import copy
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -1725,7 +1726,7 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
     """It draws only what is missing, and ends with the very samples of an uninterrupted one."""
     evaluation.main(["model", stand_in, *FEW, "--out", "whole"])
     count_calls(monkeypatch, stop_at=2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="continues"):
         evaluation.main(["model", stand_in, *FEW, "--out", "cut"])
     assert len(evaluation.read_samples(Path("cut"))) == 4
     for expected in ([4, 2], []):
@@ -1753,7 +1754,7 @@ def test_another_benchmark_joins_the_results_and_other_settings_are_refused(stan
 def test_an_evaluation_cut_short_is_neither_complete_nor_lost(stand_in, few, monkeypatch):
     """A later evaluation of something else keeps its samples, and reports how many there are."""
     count_calls(monkeypatch, stop_at=2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="continues"):
         evaluation.main(["model", stand_in, *FEW, "--out", "here"])
     Path("more.jsonl").write_text(Path("few.jsonl").read_text())
     evaluation.main(["model", stand_in, *FEW, "--out", "here", "--on", "more.jsonl"])
@@ -1927,5 +1928,7 @@ def test_bad_input_is_refused_in_one_line(stand_in, few, capsys, monkeypatch):
             (("speed", "--model", "random:Qwen3"), "Qwen3"),
             (("speed", "--prompts", "0"), "prompts")):
         assert word in refused(argv, capsys), argv
+    if importlib.util.find_spec("matplotlib"):
+        assert "no/x.png" in refused(("runs", a0, "--plot", "no/x.png"), capsys)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refused(("runs", a0, "--plot", "x.png"), capsys)
