@@ -971,7 +971,7 @@ def test_clock_words_survive_saving_and_loading(clock):
 
 
 def little_world(tokenizer, args):
-    """Clock chains in small: two steps of 1 or 2 hours, learnt in seconds.
+    """Clock chains in small: four steps of 1 or 2 hours, learnt in seconds.
 
     The base learns to work in the textbook (":") and to blurt in the quiz ("?"), as the real one.
     """
@@ -994,11 +994,11 @@ def little_world(tokenizer, args):
 
     rng = random.Random(f"{args.dataset} {args.seed}")
     if args.dataset == "clock-corpus":
-        return Task([chain(rng.randint(1, 2), ":", True) if rng.random() < 0.7 else
-                     chain(2, "?", rng.random() < 0.1) for _ in range(args.steps * args.prompts)],
+        return Task([chain(rng.randint(1, 4), ":", True) if rng.random() < 0.7 else
+                     chain(4, "?", rng.random() < 0.1) for _ in range(args.steps * args.prompts)],
                     {}, score, in_order=True)
-    return Task([chain(2, "?", True, 0.3) for _ in range(256)],
-                {"quiz": [chain(2, "?", True) for _ in range(128)]}, score)
+    return Task([chain(4, "?", True, 0.3) for _ in range(256)],
+                {"quiz": [chain(4, "?", True) for _ in range(128)]}, score)
 
 
 def metrics_of(folder):
@@ -1009,10 +1009,10 @@ def metrics_of(folder):
 def test_trapo_teaches_a_base_that_blurts_to_work(monkeypatch):
     """The whole loop, pretraining and post-training, in small: held-out accuracy rises clearly."""
     monkeypatch.setattr(trapo, "clock_task", little_world)
-    main("--dataset clock-corpus --steps 180 --prompts 32 --lr 1e-2 --out base".split())
-    main("--model base --steps 14 --lr 2e-3 --max-response 24 --out trained".split())
+    main("--dataset clock-corpus --steps 240 --prompts 32 --lr 1e-2 --out base".split())
+    main("--model base --steps 18 --lr 2e-3 --max-response 36 --out trained".split())
     before, after = (metrics_of("trained")[i]["eval"] for i in (0, -1))
-    assert before["quiz"] < 0.4 and before["quiz, greedy"] < 0.5
+    assert before["quiz"] < 0.25 and before["quiz, greedy"] < 0.25
     assert after["quiz"] > before["quiz"] + 0.15
     assert after["quiz, greedy"] > before["quiz, greedy"] + 0.3
 
