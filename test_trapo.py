@@ -1009,8 +1009,8 @@ def metrics_of(folder):
 def test_trapo_teaches_a_base_that_blurts_to_work(monkeypatch):
     """The whole loop, pretraining and post-training, in small: held-out accuracy rises clearly."""
     monkeypatch.setattr(trapo, "clock_task", little_world)
-    main("--dataset clock-corpus --steps 240 --prompts 32 --lr 1e-2 --out base".split())
-    main("--model base --steps 18 --lr 2e-3 --max-response 36 --out trained".split())
+    main("--dataset clock-corpus --steps 300 --prompts 32 --lr 1e-2 --out base".split())
+    main("--model base --steps 20 --lr 2e-3 --max-response 36 --out trained".split())
     before, after = (metrics_of("trained")[i]["eval"] for i in (0, -1))
     assert before["quiz"] < 0.25 and before["quiz, greedy"] < 0.25
     assert after["quiz"] > before["quiz"] + 0.15
