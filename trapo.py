@@ -1058,7 +1058,7 @@ def make_parser() -> Parser:
     switch, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.set_defaults(**MATH, speculate=cuda, cuda_graphs=cuda)
+    parser.set_defaults(**MATH, **METHODS["trapo"], speculate=cuda, cuda_graphs=cuda)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="trapo", help="preset of the next four settings")
     add("--sizes", type=count, nargs="+", help="rollouts in each micro-group")
