@@ -85,8 +85,8 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     except Exception as error:  # the Hub, the network and the parsers all raise their own
         raise InputError(f"cannot read {hub or name} ({brief(error)}): --on takes some of "
                          f"{', '.join(BENCHMARKS)}, or files") from error
-    answered = ({**row, "answer": ", ".join(row["final_answer"])} if row.get("final_answer") else
-                row for row in rows)  # OlympiadBench lists its answers
+    answered = ({**row, "answer": ", ".join(row["final_answer"])}  # as OlympiadBench lists them
+                if isinstance(row.get("final_answer"), list) else row for row in rows)
     problems = trapo.make_problems(answered, tokenizer, Namespace(
         dataset=name, max_prompt=math.inf, max_response=math.inf), heldout=True)
     distinct = list({(tuple(p.prompt_ids), p.answer): p for p in problems}.values())
@@ -99,7 +99,9 @@ def load_benchmarks(args: Namespace, tokenizer, run: dict) -> tuple[dict, Callab
 
     Returns: name -> problems; (problem, ids, text) -> (reward, why the response is unreadable).
     """
-    if run.get("dataset", "").startswith("clock"):
+    if run.get("dataset") in trapo.CLOCKS:
+        if args.on:
+            raise InputError("the embedded experiment's model knows only its clock: leave --on out")
         task = trapo.clock_task(tokenizer, Namespace(dataset="clock", seed=run["seed"],
                                                      eval_size=args.limit or 256))
         return ({f"clock: {name}": problems * (args.samples or 1) for name, problems in
@@ -165,7 +167,8 @@ def report(settings: dict, records: list[dict], out: Path) -> None:
                        "tokens": round(mine.tokens.mean()), "pass@1..k": passes}
     five = [found.get(name, found.get(file)) for name, (*_, file) in BENCHMARKS.items() if file]
     average = (statistics.fmean(b["avg@k"] for b in five)
-               if all(b and b["samples"] == b["of"] for b in five) else None)
+               if all(b and b["samples"] == b["of"] for b in five) and not settings.get("limit")
+               else None)
     write(out / "samples.jsonl", records)
     write(out / "results.json", [{"settings": settings, "benchmarks": found,
                                   "table_1_average": average}], indent=1)
@@ -189,9 +192,6 @@ def evaluate(args: Namespace) -> None:
             if not r["benchmark"].startswith("clock: "):  # those were graded by their tokens
                 r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
         return report(old.get("settings"), records, out)
-    low = min(args.samples or 1, args.max_tokens or 1, args.limit or 1, args.chunk)
-    if low < 1 or not args.temperature >= 0:
-        raise InputError("--samples, --max-tokens, --limit, --chunk and --temperature are too low")
     policy, tokenizer = load_policy(args.model)
     run = getattr(policy.config, "trapo", {})
     args.max_tokens = args.max_tokens or run.get("max_response", 8192)
@@ -241,7 +241,8 @@ def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
     noisy.columns = ["unguided reward", "share of rollouts guided", "entropy, nats",
                      "response length, tokens"]
     generated = (steps.tokens_generated.cumsum() / 1000).rename("tokens generated, thousands")
-    accuracy = evals.map(lambda found: next(iter(found.values()))).rename("held-out accuracy")
+    accuracy = evals.map(lambda found: next(iter(found.values()))).astype(float)
+    accuracy = accuracy.rename("held-out accuracy")
     final = {**(evals.iloc[-1] if len(evals) else {}), "steps": len(steps),
              "unguided reward, last tenth": noisy.iloc[-max(1, len(steps) // 10):, 0].mean(),
              generated.name: generated.iloc[-1],
@@ -252,7 +253,7 @@ def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
 
 def name_methods(runs: list[dict]) -> list[str]:
     """Settings of runs -> names of their methods: the preset, and what tells its variants apart."""
-    frame = pandas.DataFrame(runs).astype(str).drop(columns=NOT_METHOD, errors="ignore")
+    frame = pandas.DataFrame(runs).map(str).drop(columns=NOT_METHOD, errors="ignore")
     frame["model"] = [Path(str(r["model"])).name.replace(f"seed{r['seed']}", "*") for r in runs]
     names = frame.method.copy()
     for _, same in frame.groupby("method"):
@@ -297,7 +298,7 @@ def plot(frame: pandas.DataFrame, path: str) -> None:
         for i, method in enumerate(frame.index.unique("method")):
             seeds = frame.loc[method][title].unstack("seed").dropna()
             axis.plot(seeds.mean(axis=1), label=method, color=COLOURS[i % 7], markersize=4,
-                      marker="osD^vPX"[i % 7], markevery=max(1, len(seeds) // 8))
+                      marker="osD^vPX*"[i % 8], markevery=max(1, len(seeds) // 8))
             axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
                               color=COLOURS[i % 7], linewidth=0)
         axis.set_title(title, fontsize=11)
@@ -394,6 +395,8 @@ def speed(args: Namespace) -> None:
     device, new, parts, rows = settings.device, settings.max_response, {}, {}
     policy = speed_model(args.model, device)
     sampler, optimizer = make_sampler(policy, device), torch.optim.AdamW(policy.parameters())
+    if settings.recompute:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     head = policy.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in policy.base_model.parameters()) - head  # embedding: a look-up
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
@@ -401,7 +404,6 @@ def speed(args: Namespace) -> None:
     peak = 2 * n**3 / Timer("x @ x", globals={"x": square}).blocked_autorange().median
     for prompts in args.prompts:
         ids = rng.integers(1, policy.config.vocab_size, size=(8 * prompts, prompt + new)).tolist()
-        parts |= measure_parts(policy, sampler, ids, prompt, settings, args.repeat)
         task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids[:prompts]], {},
                           lambda problem, response: float(rng.random() < 0.4))
         for method in ("grpo", "trapo --no-speculate", "trapo --speculate"):
@@ -411,13 +413,14 @@ def speed(args: Namespace) -> None:
                 for i in tqdm(range(args.repeat + 1), method, leave=False)).loc[1:]  # 0: warm-up
             rollouts, tokens = prompts * sum(settings.sizes), steps.tokens_trained
             read = tokens + prompt * (rollouts - steps.rollouts_skipped)
-            flops = 6 * (body * read + head * tokens)
+            flops = 6 * settings.updates * (body * read + head * tokens)
             rows[f"{method}, {rollouts} rollouts"] = pandas.DataFrame({
                 "sampled, k tokens/s": steps.tokens_generated / steps.seconds_sample / 1000,
                 "trained, k tokens/s": tokens / steps.seconds_update / 1000,
                 "MFU, %": 100 * flops / steps.seconds_update / peak,
                 "step, s": steps.filter(like="seconds_").sum(axis=1),
             }).apply(lambda x: f"{x.median():.3g} ({x.min():.3g} to {x.max():.3g})")
+        parts |= measure_parts(policy, sampler, ids, prompt, settings, args.repeat)
     for table in (parts, rows):
         print(pandas.DataFrame(table).T.to_string() + "\n")
     print(f"median (least to most) of {args.repeat} repetitions; prompts of {prompt}, responses of "
@@ -426,16 +429,18 @@ def speed(args: Namespace) -> None:
 # ==== Part 6. The command line.
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand. Input that cannot be used: one line, exit code 2."""
-    commands = (parser := Parser()).add_subparsers(dest="command", required=True)
+    count, parser = trapo.number(int, 1), Parser()
+    commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("model", help="accuracy of a model").add_argument
     add("model", help="a run's folder, another local model, a Hub id or a bare Qwen name")
     add("--on", nargs="+", default=[], help=f"any of {', '.join(BENCHMARKS)}, or files")
-    add("--samples", type=int, help="samples a problem; default: AIME and AMC 32, others 1")
-    add("--temperature", type=float, default=0.6, help="of sampling, 0.6; 0 is greedy")
-    add("--max-tokens", type=int, help="of a response; default: the run's own limit, else 8192")
-    add("--limit", type=int, help="only the first so many problems of each benchmark")
+    add("--samples", type=count, help="samples a problem; default: AIME and AMC 32, others 1")
+    add("--temperature", type=trapo.number(float, 0, 1e9), default=0.6,
+        help="of sampling, 0.6; 0 is greedy")
+    add("--max-tokens", type=count, help="of a response; default: the run's own limit, else 8192")
+    add("--limit", type=count, help="only the first so many problems of each benchmark")
     add("--seed", type=int, default=0, help="of sampling, 0")
-    add("--chunk", type=int, default=256, help="responses sampled, then saved, at a time, 256")
+    add("--chunk", type=count, default=256, help="responses sampled, then saved, at a time, 256")
     add("--out", help="folder of the results; default: <model>/eval")
     add("--rescore", action="store_true", help="grade the saved samples again, generate nothing")
     add = commands.add_parser("runs", help="training runs compared").add_argument
@@ -446,14 +451,14 @@ def main(argv: list[str] | None = None) -> None:
     add = commands.add_parser("speed", help="speed; takes trapo.py's flags too").add_argument
     add("--model", help=f"{', '.join(SHAPES)}; or as trapo.py's --model")
     add("--prompts", type=int, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
-    add("--repeat", type=int, default=5, help="steps measured, after one to warm up; 5")
+    add("--repeat", type=count, default=5, help="steps measured, after one to warm up; 5")
     transformers.utils.logging.disable_progress_bar()
     try:
         args, args.rest = parser.parse_known_args(argv)
         if args.rest and args.command != "speed":
             raise InputError(f"{args.command} knows no {' '.join(args.rest)}")
         {"model": evaluate, "runs": compare, "speed": speed}[args.command](args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: --out cannot be written
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
