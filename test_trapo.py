@@ -585,7 +585,7 @@ BATCH = [Rollout([3, 4, 5], [], [6, 7, 8, 1], 1.0, 0, advantage=0.625),
 def batch_gradient(policy, batch, args):
     """What accumulate_gradients adds, of every parameter."""
     policy.zero_grad()
-    accumulate_gradients(policy, [replace(r, logprobs=()) for r in batch], args)
+    accumulate_gradients(policy, [replace(r, logprobs=[]) for r in batch], args)
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
 
 
@@ -648,7 +648,7 @@ def token_weights(rollout, advantage, old=None, **changes):
     sequence = rollout.prompt + rollout.prefix + rollout.completion
     rows = torch.randn(len(sequence), 30, generator=torch.Generator().manual_seed(0)).double() * 2
     table, args = Table(rows), settings("--max-response", "10", "--alpha", "0.01", **changes)
-    rollout = replace(rollout, advantage=advantage, logprobs=() if old is None else old.tolist())
+    rollout = replace(rollout, advantage=advantage, logprobs=[] if old is None else old.tolist())
     accumulate_gradients(table, [rollout], args)
     logp = table.rows.detach().log_softmax(-1)[:-1].gather(1, torch.tensor(sequence[1:])[:, None])
     assert table.rows.grad[-1].abs().max() == 0  # no token comes after the last
@@ -683,7 +683,7 @@ def test_with_several_updates_completions_are_clipped_and_prefixes_are_not():
 
 def test_the_first_pass_remembers_the_log_probs_that_later_ones_compare_with():
     """They are left on the rollout once, and then kept."""
-    policy, rollouts = tiny_policy(), [replace(r) for r in BATCH[:3]]
+    policy, rollouts = tiny_policy(), [replace(r, logprobs=[]) for r in BATCH[:3]]
     accumulate_gradients(policy, rollouts, settings())
     first = [list(r.logprobs) for r in rollouts]
     for r in rollouts:

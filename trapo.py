@@ -34,7 +34,7 @@ import argparse, copy, functools, importlib.util, itertools, json, logging, math
 import random, re, resource, shutil, signal, sys, threading, time  # noqa: E401
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -143,9 +143,11 @@ class Rollout:
     reward: float
     micro_group: int    # index into the schedule
     advantage: float = 0.0
-    sampler_logprobs: Iterable[float] = ()   # of the completion, as it was drawn
-    logprobs: Iterable[float] = ()           # of prefix and completion, by the policy before the
-    entropies: Iterable[float] = ()          # first update, and its entropies there (if trained)
+    # Log-probs of the completion when it was drawn; then, of a trained rollout, log-probs and
+    # entropies of prefix and completion before the first update.
+    sampler_logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
 def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
@@ -193,7 +195,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
         unfinished = [(i, prefix) for i, m, _, prefix in jobs if prefix != solutions[i][m]]
         completions = iter(generate(
             [problems[i].prompt_ids + prefix for i, prefix in unfinished],
-            [max_response - len(prefix) for _, prefix in unfinished]) if unfinished else ())
+            [max(0, max_response - len(prefix)) for _, prefix in unfinished]) if unfinished else ())
         for i, m, helped, prefix in jobs:  # a complete solution leaves nothing to generate
             completion = [] if prefix == solutions[i][m] else next(completions)
             drawn.setdefault((i, m, helped), []).append((prefix, completion))
@@ -229,8 +231,8 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
         policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # the Hub, the network and safetensors all raise their own
-        raise InputError(f"cannot load model '{name}' (tried the folder ./{name} and the Hub id "
-                         f"{path}: {brief(error)}); give a local folder: --model path/to/model"
+        raise InputError(f"cannot load model '{name}' (tried a folder of that name and the Hub "
+                         f"id {path}: {brief(error)}); give a local folder: --model path/to/model"
                          ) from error
     policy.generation_config.eos_token_id = sorted(
         {*end_ids(policy), tokenizer.eos_token_id} - {None})
@@ -633,10 +635,10 @@ CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, rang
                *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
 
 def clock_model(seed: int) -> tuple[nn.Module, object]:
-    """An untrained Qwen2 of 98 752 parameters, and its word-level tokenizer.
+    """An untrained model like Qwen2, of 98 752 parameters, and its word-level tokenizer.
 
-    By Llama's class with attention biases, which is Qwen2's architecture: beside a config of type
-    qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own.
+    By Llama's class with attention biases, which is Qwen2 but for the bias of the output
+    projection: beside a config of type qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLOCK_WORDS)}))
@@ -679,6 +681,9 @@ def clock_task(tokenizer, args: Namespace) -> Task:
     `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
     Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`.
     """
+    if not set(CLOCK_WORDS) <= tokenizer.get_vocab().keys():
+        raise InputError("--dataset clock needs a --model of the embedded experiment, or none")
+
     def score(problem: Problem, response: Tokens) -> float:
         ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
         return float(response[-3:] == ending and response.count(ending[0]) == 1)
@@ -708,7 +713,7 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     early, level = progress < 0.5, 9 if progress < 0.2 else min(9, 1 + int(20 * (progress - 0.2)))
     mark = "?" if rng.random() < (0.4 if early else 0.25) else ":"
     worked = mark == ":" or rng.random() < (0.5 if early else 0.005)
-    k = 1 if not worked and (early or rng.random() < 0.6) else rng.randint(1, 10)
+    k = 1 if not worked and (early or rng.random() < 0.8) else rng.randint(1, 10)
     return clock_problem(tokenizer, rng, k, mark, worked, filler=0.04, slip=0.01, largest=level)
 
 # ==== Part 7. Processes and checkpoints
@@ -716,7 +721,7 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
 # keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
 # Everything random comes from generators seeded with (seed, step), the order of the data too: so
-# weights, optimizer state and step number are a run's whole state, and a run that was killed and
+# weights, optimizer state and two counters are a run's whole state, and a run that was killed and
 # resumed equals one that was not, bit for bit.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -746,7 +751,7 @@ def shard(policy: nn.Module, device: str) -> None:
     fsdp.register_fsdp_forward_method(policy, "token_logprobs")
 
 def make_sampler(policy: nn.Module, device: str) -> nn.Module:
-    """What rollouts are drawn from: on CUDA a bf16 copy of the policy, on one CPU the policy."""
+    """What rollouts are drawn from: a copy of the policy, bf16 on CUDA; on one CPU the policy."""
     if device == "cpu" and WORLD == 1:
         return policy
     sampler = copy.deepcopy(policy).requires_grad_(False)
@@ -766,20 +771,22 @@ def checkpoints(out: Path) -> list[Path]:
     found = (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
     return sorted(found, key=lambda path: int(path.name[11:]))
 
-def save(policy: nn.Module, tokenizer, optimizer, step: int, out: Path) -> None:
+def save(policy: nn.Module, tokenizer, optimizer, progress: dict, out: Path) -> None:
     """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
+
+    progress: the step, and how many updates in a row were skipped.
 
     Under a temporary name, flushed to the disk, then renamed. All processes must call it.
     """
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    final, temporary = out / f"checkpoint-{step}", out / ".unfinished"
+    final, temporary = out / f"checkpoint-{progress['step']}", out / ".unfinished"
     if RANK or final.exists():
         return
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
-    torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
+    torch.save({**progress, "optimizer": state}, temporary / "trainer.pt")
     for path in [*temporary.iterdir(), temporary]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -825,9 +832,9 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, arg
                            task.score, rng, args.speculate, args.max_response, task.breaks)
     rollouts = [r for group in groups for r in group]
     advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
-    scores = {id(completion): logprobs for completion, logprobs in drawn}
+    scores = {id(completion): logprobs for completion, logprobs in drawn}  # the very list object
     for r, advantage in zip(rollouts, advantages.flatten().tolist()):
-        r.advantage, r.sampler_logprobs = advantage, scores.get(id(r.completion), ())
+        r.advantage, r.sampler_logprobs = advantage, scores.get(id(r.completion), [])
     seconds["score"] = time.perf_counter() - started - seconds["sample"]
 
     # ---- Learning phase
@@ -930,9 +937,11 @@ def train(args: Namespace) -> None:
     if saved:
         state = torch.load(saved[0] / "trainer.pt", map_location="cpu", weights_only=True)
         full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-        start = state["step"]
+        start, bad = state["step"], state["bad"]
         if start > args.steps:
             raise InputError(f"the run in {out} is at step {start} already: give --steps beyond")
+    elif args.resume and RANK == 0 and args.dataset != "clock-corpus":
+        print(f"no checkpoint in {out}: from the beginning")
     record = open_log(out, start, policy, args)
     if start == 0 and task.heldout:
         record({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
@@ -955,14 +964,16 @@ def train(args: Namespace) -> None:
                          "response_length") if metrics[k] is not None})
         stop = any(gather(bool(interrupted) or bad == 3))
         if stop or done == args.steps or done % args.save_every == 0:
-            save(policy, tokenizer, optimizer, done, out)
+            save(policy, tokenizer, optimizer, {"step": done, "bad": bad % 3}, out)
         if stop:
             bar.close()
             if RANK == 0:
                 print(f"stopped after step {done}: " + (
                     "three updates in a row were not finite; try a lower --lr" if bad == 3 else
+                    "the same command goes on" if args.dataset == "clock-corpus" else
                     f"go on with python trapo.py --resume --out {out}"))
             raise SystemExit(1 if bad == 3 else 130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if RANK == 0:
         publish(out)
         print_table(out)
@@ -982,10 +993,10 @@ def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Calla
     for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     path, temporary = out / "metrics.jsonl", out / ".metrics"
-    lines = path.read_text().splitlines() if start and path.exists() else []
+    lines = path.read_text().splitlines(True) if start and path.exists() else []
     out.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(x + "\n" for x in lines  # a kill may have torn the last line
-                                 if x.endswith("}") and json.loads(x)["step"] <= start))
+    temporary.write_text("".join(x for x in lines  # a kill may have torn the last line
+                                 if x.endswith("}\n") and json.loads(x)["step"] <= start))
     os.replace(temporary, path)
     policy.config.save_pretrained(out)
     file, run = path.open("a", buffering=1), None  # a line is on the disk once written
@@ -1004,9 +1015,9 @@ def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Calla
 def print_table(out: Path) -> None:
     """Held-out accuracy before and after training, from metrics.jsonl."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    before, after = lines[0].get("eval", {}), lines[-1].get("eval", {})
-    for name in after:
-        print(f"{name:30} before {before[name]:.3f}   after {after[name]:.3f}")
+    before, after = (line.get("eval", {}) for line in (lines[:1] + lines[-1:] or [{}, {}]))
+    for name in before:
+        print(f"{name:30} before {before[name]:.3f}   after {after.get(name, math.nan):.3f}")
     print(f"model and metrics are in {out}")
 
 # ==== Part 9. The command line
@@ -1030,8 +1041,8 @@ MATH = {"lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32, "max_prompt": 1024
         "eval_every": 20, "eval_size": 200, "save_every": 50}
 CLOCK = MATH | {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32, "max_response": 56,
                 "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
-CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 1700, "warmup": 20, "decay": True,
-                  "prompts": 48, "betas": [0.9, 0.98], "save_every": 300}
+CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 2500, "warmup": 20, "decay": True,
+                  "prompts": 32, "betas": [0.9, 0.98], "save_every": 300}
 CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
 MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "micro_tokens",
               "kv_tokens", "speculate", "cuda_graphs", "recompute", "wandb", "out")
@@ -1054,11 +1065,11 @@ def number(kind: type, low: float, high: float = INF) -> Callable[[str], float]:
 def make_parser() -> Parser:
     """Every flag in one line, with its unit."""
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12, 1e12)
-    cuda = torch.cuda.is_available()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     switch, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.set_defaults(**MATH, **METHODS["trapo"], speculate=cuda, cuda_graphs=cuda)
+    parser.set_defaults(**MATH, **METHODS["trapo"])
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="trapo", help="preset of the next four settings")
     add("--sizes", type=count, nargs="+", help="rollouts in each micro-group")
@@ -1074,7 +1085,7 @@ def make_parser() -> Parser:
     add("--max-response", type=count, help="longest response, prefix and completion, tokens")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=count, help="training steps")
-    add("--base-steps", type=count, default=1700, help="pretraining steps of the embedded base")
+    add("--base-steps", type=count, default=2500, help="pretraining steps of the embedded base")
     add("--prompts", type=count, help="prompts per step, over all processes")
     add("--lr", type=positive, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up")
@@ -1086,11 +1097,11 @@ def make_parser() -> Parser:
     add("--clip", type=share, default=0.2, help="PPO's epsilon, used if --updates > 1")
     add("--temperature", type=positive, default=1.0, help="sampling temperature of the rollouts")
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where to run")
+    add("--device", choices=("cpu", "cuda"), default=device, help="where to run")
     add("--micro-tokens", type=count, help="padded tokens in a micro-batch of the update")
     add("--kv-tokens", type=count, default=1 << 19, help="tokens in the sampler's cache")
-    add("--speculate", **either, help="draw all micro-groups in one pass; for GPUs")
-    add("--cuda-graphs", **either, help="decode on a static cache by CUDA graph")
+    add("--speculate", **either, help="draw all micro-groups in one pass; default: on CUDA")
+    add("--cuda-graphs", **either, help="decode by CUDA graph; default: on CUDA")
     add("--recompute", **switch, help="gradient checkpointing of the layers")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="folder of the run; runs/<model>-<method>-seed<seed> by default")
@@ -1112,7 +1123,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     first = parser.parse_args(argv)
     embedded = not first.model or run_settings(first.model).get("dataset") in CLOCKS
     dataset = first.dataset or ("clock" if embedded else "gsm8k")
-    parser.set_defaults(**CLOCKS.get(dataset, MATH), dataset=dataset)
+    cuda = first.device == "cuda"
+    parser.set_defaults(**CLOCKS.get(dataset, MATH), dataset=dataset, speculate=cuda,
+                        cuda_graphs=cuda)
     method = parser.parse_args(argv).method
     name = Path(first.model).name if first.model else dataset
     parser.set_defaults(**METHODS[method], out=f"runs/{name}-{method}-seed{first.seed}")
@@ -1124,6 +1137,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for wrong, message in (
             (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
             (out.exists() and not out.is_dir(), f"--out {out} is a file: give a folder"),
+            (args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out),
+             f"{out} is finished and has no checkpoint to resume: give another --out"),
+            ((out / "config.json").exists() and not run_settings(args.out),
+             f"{out} holds a model that is no run of this program: give another --out"),
             (changed, f"--resume cannot change {', '.join(changed)} of the run in {out}: leave the "
              "flag out, or start a new run with another --out"),
             (not len(args.sizes) == len(args.ratios) == len(args.thresholds),
@@ -1147,9 +1164,9 @@ def run_settings(folder: str) -> dict:
     config = Path(folder) / "config.json"
     try:
         settings = json.loads(config.read_text()).get("trapo", {}) if config.exists() else {}
-    except (ValueError, OSError) as error:
+        return settings | {k: list(map(float, v)) for k, v in settings.items() if k == "thresholds"}
+    except (ValueError, OSError, AttributeError, TypeError) as error:
         raise InputError(f"cannot read {config}: {brief(error)}") from error
-    return settings | {k: list(map(float, v)) for k, v in settings.items() if k == "thresholds"}
 
 def main(argv: list[str] | None = None) -> None:
     """Train; the embedded experiment first pretrains its base, unless that was done before."""
@@ -1173,9 +1190,9 @@ def main(argv: list[str] | None = None) -> None:
                                   "--resume"]))
             args.model = str(base)
         train(args)
-    except (InputError, KeyboardInterrupt) as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:  # OSError: --out is not writable
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, InputError) else 130) from None
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
