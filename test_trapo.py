@@ -1278,6 +1278,11 @@ def test_three_steps_not_finite_in_a_row_stop_the_run(base, monkeypatch, capsys)
         main(tiny_run(base, "run", "--steps", "9"))
     assert stop.value.code == 1 and "not finite" in capsys.readouterr().out
     assert metrics_of("run")[-1]["step"] == 4
+    monkeypatch.setattr(trapo, "group_advantages", not_finite_at(2, 3))
+    main(tiny_run(base, "resumed", "--steps", "3"))
+    monkeypatch.setattr(trapo, "group_advantages", not_finite_at(1))
+    with pytest.raises(SystemExit):  # the third in a row, though the process is another
+        main("--resume --out resumed --steps 9".split())
     policy, _ = load_policy(str(checkpoints(Path("run"))[-1]))
     assert all(p.isfinite().all() for p in policy.parameters())
 
@@ -1426,6 +1431,7 @@ def test_a_model_that_cannot_be_had_is_refused_in_one_line(capsys, stand_in):
     assert "broken" in refusal([*flags, "broken"], capsys)
     Path("broken/config.json").write_text('{"model_type": ')
     assert "broken" in refusal([*flags, "broken"], capsys)
+    assert "clock" in refusal(["--dataset", "clock", "--model", stand_in], capsys)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -1461,6 +1467,30 @@ def test_a_folder_that_holds_a_run_is_not_touched(base, capsys):
     assert metrics_of("run")[-1]["step"] == 2 and weights("run") != before
     assert "--steps" in refusal("--resume --out run --steps 1", capsys)
     assert "--overwrite" in refusal("--resume --overwrite --out run", capsys)
+
+
+def test_what_is_no_run_or_cannot_be_resumed_is_never_overwritten(base, capsys):
+    """A plain model's folder, and a finished run whose checkpoints were deleted to save space."""
+    Path("plain").mkdir()
+    for file in Path(base).iterdir():
+        (Path("plain") / file.name).write_bytes(file.read_bytes())
+    for flag in ("--resume", "--overwrite"):
+        assert "plain" in refusal(tiny_run(base, "plain", "--steps", "1", flag), capsys)
+    assert weights("plain") == weights(base) and not Path("plain/metrics.jsonl").exists()
+    main(tiny_run(base, "run", "--steps", "1"))
+    before = weights("run"), Path("run/metrics.jsonl").read_text()
+    Path("run/checkpoint-1").rename("elsewhere")
+    assert "checkpoint" in refusal("--resume --out run --steps 2", capsys)
+    assert (weights("run"), Path("run/metrics.jsonl").read_text()) == before
+
+
+def test_a_torn_line_of_metrics_does_not_stop_a_resume(base):
+    """A kill may cut a line anywhere, behind an inner brace too."""
+    main(tiny_run(base, "run", "--steps", "1"))
+    with Path("run/metrics.jsonl").open("a") as log:
+        log.write('{"step": 2, "eval": {"held out": 0.5}')
+    main("--resume --out run --steps 3".split())
+    assert [line["step"] for line in metrics_of("run")][-3:] == [1, 2, 3]
 
 
 def test_resume_knows_the_default_out_folder_too(base, capsys):
