@@ -63,11 +63,8 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
         L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
              = 1 - log(alpha) - p / alpha   if p <  alpha   (outside: constant weight 1/alpha)
 
-    The two pieces meet at p = alpha. alpha = 0 is SFT; alpha = 1 is 1 - p.
-
-    Args: logprobs: log p of the expert's tokens, nats, any shape, floating point.
-        alpha: the trust region's edge, in [0, 1]; ValueError elsewhere.
-    Returns: per-token losses, same shape and dtype.
+    The two pieces meet at p = alpha. alpha = 0 is SFT; alpha = 1 is 1 - p; outside [0, 1] it is a
+    ValueError. From log p of the expert's tokens (nats, any shape) to losses, same shape and dtype.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -79,8 +76,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
 def luffy_loss(logprobs: Tensor, advantages: Tensor | float, gamma: float = 0.1) -> Tensor:
     """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), never clipped.
 
-    Args: logprobs: nats, any shape. advantages: broadcastable to it. gamma: shaping constant > 0.
-    Returns: per-token losses, same shape as logprobs.
+    From log p (nats, any shape) and advantages (broadcastable to it) to losses of that shape.
     """
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
@@ -96,11 +92,8 @@ def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Ten
     """The group-relative policy gradient (Section 2.3):  -ratio * A  with  ratio = p / p_old.
 
     On policy (old = logprobs.detach()) the ratio is 1, and the gradient with respect to log p is
-    -A: REINFORCE with the group's mean as baseline.
-
-    Args: logprobs, old_logprobs: log p now and when drawn, same shape. advantages: broadcastable.
-        clip: PPO's epsilon; None leaves the ratio alone.
-    Returns: per-token losses, same shape as logprobs.
+    -A: REINFORCE with the group's mean as baseline. `clip` is PPO's epsilon; None leaves the ratio
+    alone. Log-probs now and when drawn have one shape, that of the losses; advantages broadcast.
     """
     ratio = (logprobs - old_logprobs).exp()
     if clip is None:
@@ -172,11 +165,10 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
     """Algorithm 1: draw every problem's group of rollouts, micro-group by micro-group.
 
     With `speculate`, every branch that the thresholds may choose is drawn in ONE generate call
-    (trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt); the walk then keeps those that it
-    would have drawn. The distribution is exactly that of the sequential walk: given the policy, the
-    branches are independent, and the decision at micro-group i looks only at rollouts kept from
-    groups before i. Whether a branch is drawn after that decision or before it, unseen, cannot
-    matter. (What would bias it is to draw a branch again, or to choose by the branch itself.)
+    (trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt); the walk keeps those that it would
+    have drawn. The distribution is exactly the same: given the policy, branches are independent, and
+    a decision looks only at rollouts kept from earlier micro-groups, so it cannot matter whether a
+    branch is drawn after the decision or before it, unseen.
 
     Args: problems: anything with .prompt_ids and .solutions; a guided micro-group picks one.
         generate: (requests, limits on new tokens) -> completions.   score: reward of a response.
@@ -222,8 +214,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 def load_policy(name: str) -> tuple[nn.Module, object]:
     """A causal LM with fp32 master weights on the CPU, and its tokenizer (by transformers).
 
-    Args: name: a local folder, a Hub id, or a bare Qwen name ("Qwen2.5-0.5B-Instruct").
-    Raises: InputError if it cannot be had, or if its head is not a plain matrix product.
+    From a local folder, a Hub id, or a bare Qwen name; InputError if it cannot be had or used.
     """
     path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
     try:
@@ -279,11 +270,10 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
     generation_config: samples from another distribution make the policy gradient biased.
 
     Args: requests: token ids, ragged, none empty.   limits: new tokens allowed for each.
-        temperature: divides the logits; 0 is greedy.
-        static: decode on fixed buffers, on CUDA by replaying a graph (see decode).
+        temperature: divides the logits; 0 is greedy.   static: decode on fixed buffers.
         kv_tokens: split the requests so that a batch's cache holds at most so many tokens.
-    Returns: completions (EOS included when reached) and the log-probs of what was drawn, under
-        softmax(logits / temperature), or softmax(logits) if greedy.
+    Returns: completions (EOS included when reached) and the log-probs of what was drawn, nats,
+        under softmax(logits / temperature), or softmax(logits) if greedy.
     """
     was_training = policy.training
     policy.eval()  # in train mode gradient checkpointing would drop the cache
@@ -657,8 +647,7 @@ def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool
                   filler: float = 0.0, slip: float = 0.0, largest: int = 9) -> Problem:
     """One chain of k steps and its solution, as shown above.
 
-    Args: mark: ":" or "?".   filler, slip: probability of an aside / a wrong line before a line.
-        largest: most hours added or taken away in a step.
+    filler, slip: probability of an aside, of a wrong line, before a line. largest: hours, a step.
     """
     hour, letter = rng.randrange(24), rng.randrange(16)
     prompt, lines = [LETTERS[letter], str(hour)], []
