@@ -166,9 +166,9 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 
     With `speculate`, every branch that the thresholds may choose is drawn in ONE generate call
     (trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt); the walk keeps those that it would
-    have drawn. The distribution is exactly the same: given the policy, branches are independent, and
-    a decision looks only at rollouts kept from earlier micro-groups, so it cannot matter whether a
-    branch is drawn after the decision or before it, unseen.
+    have drawn. The distribution is exactly the same: given the policy, branches are independent,
+    and a decision looks only at rollouts kept from earlier micro-groups, so it cannot matter
+    whether a branch is drawn after the decision or before it, unseen.
 
     Args: problems: anything with .prompt_ids and .solutions; a guided micro-group picks one.
         generate: (requests, limits on new tokens) -> completions.   score: reward of a response.
