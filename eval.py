@@ -317,6 +317,8 @@ SHAPES = {  # width, MLP, layers, heads, key-value heads, vocabulary, tied embed
     "random:Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "random:Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False)}
 
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP/s, bf16, dense
+
 def speed_model(name: str | None, device: str) -> torch.nn.Module:
     """The embedded experiment's model, one of SHAPES with random weights, or a saved one."""
     if name in SHAPES:
@@ -423,8 +425,10 @@ def speed(args: Namespace) -> None:
         parts |= measure_parts(policy, sampler, ids, prompt, settings, args.repeat)
     for table in (parts, rows):
         print(pandas.DataFrame(table).T.to_string() + "\n")
+    card = torch.cuda.get_device_name() if device == "cuda" else ""
+    known = [f"; data sheet: {flops:.3g} FLOP/s" for name, flops in PEAKS.items() if name in card]
     print(f"median (least to most) of {args.repeat} repetitions; prompts of {prompt}, responses of "
-          f"{new} tokens; matrix product: {peak:.3g} FLOP/s")
+          f"{new} tokens; matrix product: {peak:.3g} FLOP/s" + "".join(known[:1]))
 
 # ==== Part 6. The command line.
 def main(argv: list[str] | None = None) -> None:
