@@ -348,6 +348,7 @@ def graphed_step(policy: nn.Module, cache, token: Tensor, position: Tensor,
     fixed = transformers.StaticCache(config=policy.config, max_cache_len=mask.shape[-1])
     for i, layer in enumerate(cache.layers):
         fixed.update(layer.keys, layer.values, i)
+    cache.layers.clear()  # its memory is needed
 
     def step() -> Tensor:
         return policy(input_ids=token, attention_mask=mask, position_ids=position,
@@ -841,6 +842,8 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, arg
             break
         optimizer.step()
         refresh(sampler, policy)
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize()  # or its time is counted as the next step's
     seconds["update"] = time.perf_counter() - started
 
     peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
