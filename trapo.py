@@ -129,7 +129,7 @@ class Problem:
 
 @dataclass
 class Rollout:
-    """One response = prefix + completion. The first three are lists of token ids."""
+    """One response = prefix + completion; its last four fields are filled in by Parts 4 and 8."""
     prompt: Tokens
     prefix: Tokens      # the expert's tokens, [] when not guided
     completion: Tokens  # the policy's tokens, EOS included when it was reached
@@ -309,7 +309,8 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
     cache.batch_select_indices(torch.tensor(copies, device=policy.device))
     logits, mask = logits[copies, -1], nn.functional.pad(mask[copies], (0, max(limits)))
     position = mask.sum(1, keepdim=True) - 1  # of the newest token of each row
-    token, mask = torch.zeros_like(position), mask[:, None, None]  # taken as it is, unchecked
+    token = torch.zeros_like(position)
+    mask = mask[:, None, None]  # transformers takes four dimensions as they are, in every step
     if static:
         replay = graphed_step(policy, cache, token, position, mask)
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
@@ -437,7 +438,7 @@ def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
 # wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
 # their order, nor leaving out rollouts that add exactly nothing can change it.
 def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
-    """Is this rollout's gradient exactly zero? Then the update leaves it out."""
+    """Inert: the rollout's gradient is exactly zero, and the update leaves it out."""
     supervised = rollout.prefix and prefix_loss in ("trsft", "sft")
     reinforced = rollout.advantage != 0 and (rollout.completion or prefix_loss == "luffy")
     return not (supervised or reinforced)
@@ -764,9 +765,8 @@ def checkpoints(out: Path) -> list[Path]:
 def save(policy: nn.Module, tokenizer, optimizer, progress: dict, out: Path) -> None:
     """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
 
-    progress: the step, and how many updates in a row were skipped.
-
     Under a temporary name, flushed to the disk, then renamed. All processes must call it.
+    progress: the step, and how many updates in a row were skipped.
     """
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
@@ -1000,8 +1000,8 @@ def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Calla
         file.write(json.dumps(metrics) + "\n")
         if run:
             run.log(metrics, step=metrics["step"])
-        if run and metrics["step"] == args.steps:
-            run.finish()
+            if metrics["step"] == args.steps:
+                run.finish()
     return record
 
 def print_table(out: Path) -> None:
