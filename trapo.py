@@ -1,40 +1,42 @@
 """TRAPO in one file: Trust-Region Adaptive Policy Optimization (arXiv 2512.17636).
 
 Post-training usually runs SFT on expert solutions and then RL. TRAPO does both inside every
-training instance (Algorithm 1). For a problem x with an expert solution y:
+training instance. The policy first tries a problem alone; where it does badly, it is given the
+beginning of an expert solution and continues from there. Here is one group of eight rollouts, as
+the program prints it. A clock shows 8 and is moved five times; [ ] holds the expert's tokens:
 
-    the policy tries alone                                  4 rollouts     micro-group 1
-    it did badly?  it starts from the first 20 % of y       2 rollouts     micro-group 2
-    still badly?   it starts from the first half of y       1 rollout      micro-group 3
-    still badly?   it is shown the whole of y               1 rollout      micro-group 4
+GROUP
 
-and one update then trains two kinds of tokens:
+One update then trains two kinds of tokens (Section 2):
 
-    the policy's own (completion)   by a group-relative policy gradient (Section 2.3)
-    the expert's (prefix)           by Trust-Region SFT: SFT's gradient weight 1/p is clipped at
-                                    1/alpha (Eq. 3)
+    the policy's own (completion)   by a group-relative policy gradient, the advantage above
+    the expert's (prefix)           by Trust-Region SFT: SFT, whose gradient weight 1/p is clipped
+                                    at 1/alpha (Eq. 3)
 
 What this file leaves out of GRPO, and why:
     1. no reference model, no KL penalty: the paper trains without them
     2. no division by the group's standard deviation or the response's length: Dr. GRPO's repairs
-    3. no importance ratio and no clip: one update per batch of rollouts is on-policy, so the ratio
-       is 1 (--updates 2 brings both back)
+    3. no importance ratio, no PPO clip: one update per batch of rollouts is on-policy
 
 Words: a *rollout* is one response to a prompt: an expert *prefix* (mostly empty), continued by the
-policy's own *completion*. The 8 rollouts of a prompt form its *group*, drawn in *micro-groups*. The
-*return* of a rollout is its reward, 1 or 0; its *advantage* is the reward minus the group's mean.
+policy's own *completion*. The eight rollouts of a prompt are its *group*, drawn in *micro-groups*.
+The *return* of a rollout is its reward, 1 or 0; its *advantage* is the reward minus the group's
+mean.
 
     python trapo.py                                     the embedded experiment: CPU, offline
     python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
 
-Parts: 1 losses, 2 adaptive guidance, 3 the policy, 4 the update, 5 data and reward, 6 the embedded
-experiment, 7 processes and checkpoints, 8 the training loop, 9 the command line.
+The lecture:  settings, 1 losses, 2 adaptive guidance, 3 log-probs, 4 the update, 5 step and loop.
+The workshop: 6 the sampler, 7 models, data and reward, 8 the clock world, 9 processes and
+checkpoints, 10 metrics, evaluation and printing, 11 the command line.
 """
-import argparse, copy, functools, importlib.util, itertools, json, logging, math, os  # noqa: E401
-import random, re, resource, shutil, signal, sys, threading, time  # noqa: E401
-from argparse import Namespace
-from collections.abc import Callable, Iterable
+import argparse, contextlib, copy, dataclasses, fcntl, functools  # noqa: E401
+import itertools, json, logging, math, os, random, re, resource, shutil  # noqa: E401
+import signal, sys, threading, time, typing  # noqa: E401
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -46,16 +48,83 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Tokens = list[int]
+Drawn = tuple[Tokens, list[float]]  # a completion, and the log-probs it was drawn with
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
-class InputError(ValueError):
-    """The user's input cannot be used: main() prints the message as one line and exits with 2."""
+def gather(value: object) -> list:
+    """Every process's value, in the order of their ranks: [value] if there is one process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+# ==== Settings. A preset goes over these defaults, and a flag of the command line over a preset.
+def setting(default: object, help: str, group: str | None = None) -> typing.Any:
+    """A field of Settings that is a flag of the command line; `group` opens a group of flags."""
+    return field(default_factory=lambda: default, metadata={"help": help, "group": group})
+
+@dataclass
+class Settings:
+    """All that a run depends on. Defaults are for a small model on GSM8K; (paper: its value)."""
+    method: str = setting("trapo", "preset of the next four settings", group="method")
+    sizes: list[int] = setting([4, 2, 1, 1], "rollouts in each micro-group")
+    ratios: list[float] = setting([0.0, 0.2, 0.5, 1.0], "share of the expert solution given")
+    thresholds: list[float] = setting([-1.0, 0.5, 0.7, 0.9], "guided if the mean return is below")
+    prefix_loss: str = setting("trsft", "loss on the expert's tokens")
+    alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
+    model: str | None = setting(None, "local folder, Hub id or bare Qwen name; none: the embedded "
+                                "experiment", group="model and data")
+    dataset: str | None = setting(None, "gsm8k, openr1, or a .jsonl / .json / .parquet file")
+    max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)")
+    max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
+    steps: int = setting(200, "training steps", group="optimisation")
+    base_steps: int = setting(2500, "pretraining steps of the embedded experiment's base")
+    prompts: int = setting(32, "prompts per step, over all processes (paper: 128)")
+    lr: float = setting(5e-6, "AdamW's learning rate, constant after the warm-up (paper: 5e-6)")
+    warmup: int = setting(5, "steps of linear warm-up")
+    max_grad_norm: float = setting(1.0, "the gradient is clipped to this L2 norm")
+    temperature: float = setting(1.0, "sampling temperature of the rollouts (paper: 1)")
+    device: str | None = setting(None, "cuda or cpu; default: cuda where there is one",
+                                 group="speed and memory")
+    bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
+    micro_tokens: int = setting(4096, "padded tokens in a micro-batch of the update")
+    kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
+    speculate: bool | None = setting(None, "draw all micro-groups in one pass; default: on CUDA")
+    recompute: bool = setting(False, "gradient checkpointing: less memory, a third more time")
+    out: str | None = setting(None, "folder; default: runs/<model>-<method>-seed<seed>", "run")
+    seed: int = setting(0, "of everything random")
+    eval_every: int = setting(20, "steps between evaluations")
+    eval_size: int = setting(200, "held-out problems")
+    save_every: int = setting(50, "steps between checkpoints")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out")
+    overwrite: bool = setting(False, "replace the run in --out")
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; this and `decay` are set by presets alone
+    decay: bool = False                       # in the second half, lr falls linearly to 0
+
+    @property
+    def schedule(self) -> list["MicroGroup"]:
+        """Algorithm 1's table, a row per micro-group."""
+        return [MicroGroup(*row) for row in zip(self.sizes, self.ratios, self.thresholds)]
+
+ALWAYS = 2.0  # as a threshold: every mean return is below it
+MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-1.0, 0.5, 0.7, 0.9]}
+METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
+    "trapo": MICRO | {"prefix_loss": "trsft"},
+    "micro": MICRO | {"prefix_loss": "none"},
+    "naive": MICRO | {"prefix_loss": "sft"},
+    "micro-luffy": MICRO | {"prefix_loss": "luffy"},
+    "fixed-prefix": MICRO | {"thresholds": [-1.0, ALWAYS, ALWAYS, ALWAYS], "prefix_loss": "trsft"},
+    "grpo": {"sizes": [8], "ratios": [0.0], "thresholds": [-1.0], "prefix_loss": "none"},
+    "luffy": {"sizes": [7, 1], "ratios": [0.0, 1.0], "thresholds": [-1.0, ALWAYS],
+              "prefix_loss": "luffy"},
+    "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"}}
 
 # ==== Part 1. The losses. All are per token; the update (Part 4) sums them.
 #
 # Let p be the policy's probability of an expert token. SFT minimises -log p, whose gradient
 # -(1/p) grad p explodes as p -> 0: the expert's least likely tokens move the policy most, into
 # regions that neither supports, and its own rollouts degenerate (Section 2.2). TrSFT clips the
-# weight. Its optimum drops the expert's rare tokens and renormalises the main modes
+# weight 1/p. Its optimum drops the expert's rare tokens and renormalises the main modes
 # (Proposition 1): it is mode-seeking, where SFT is mode-covering.
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """Trust-Region SFT, Eq. 3:  grad L = -1 / max(p, alpha) * grad p.
@@ -74,7 +143,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
 
 def luffy_loss(logprobs: Tensor, advantages: Tensor | float, gamma: float = 0.1) -> Tensor:
-    """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), never clipped.
+    """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), not clipped.
 
     From log p (nats, any shape) and advantages (broadcastable to it) to losses of that shape.
     """
@@ -87,18 +156,16 @@ PREFIX_LOSSES = {  # what the expert's tokens may be trained with: the last rows
     "luffy": lambda logprobs, advantages, alpha: luffy_loss(logprobs, advantages),
     "none": lambda logprobs, advantages, alpha: torch.zeros_like(logprobs)}
 
-def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor | float,
-                         clip: float | None = None) -> Tensor:
-    """The group-relative policy gradient (Section 2.3):  -ratio * A  with  ratio = p / p_old.
+def policy_gradient_loss(logprobs: Tensor, advantages: Tensor | float) -> Tensor:
+    """The group-relative policy gradient (Section 2.3) on the policy's own tokens:  -A log p.
 
-    On policy (old = logprobs.detach()) the ratio is 1, and the gradient with respect to log p is
-    -A: REINFORCE with the group's mean as baseline. `clip` is PPO's epsilon; None leaves the ratio
-    alone. Log-probs now and when drawn have one shape, that of the losses; advantages broadcast.
+    Its gradient is -A grad log p: REINFORCE with the group's mean as baseline. PPO and GRPO weigh
+    it by the ratio p / p_old to the policy that drew the token, and clip that ratio, since they
+    update several times on the same rollouts. One update per batch has p = p_old: the ratio is 1.
+    (A bf16 sampler's p differs a little: the metric logprob_gap says how much; nothing corrects
+    it.) From log p (nats, any shape) and advantages (broadcastable) to losses of that shape.
     """
-    ratio = (logprobs - old_logprobs).exp()
-    if clip is None:
-        return -ratio * advantages
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -advantages * logprobs
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
@@ -111,14 +178,14 @@ def group_advantages(rewards: Tensor) -> Tensor:
 #
 # How much help a problem needs is not known in advance, so it is found out: before each micro-group
 # the mean return of all rollouts drawn so far is compared with a threshold. Hard problems get
-# longer and longer prefixes, easy ones none. There is no model in this part: `generate` and `score`
-# are functions, and the tests drive them with a script.
+# longer and longer prefixes, easy ones none. There is no model in this part: `generate` and
+# `reward` are functions, and the tests drive them with a script.
 @dataclass(frozen=True)
 class MicroGroup:
     """n_i rollouts that start from the first L_i of the expert's tokens if guided (Algorithm 1)."""
     size: int         # n_i, rollouts
     ratio: float      # L_i, share of the expert solution, in [0, 1]
-    threshold: float  # t_i: guided if the mean return so far is below it; -1 never, inf always
+    threshold: float  # t_i: guided if the mean return so far is below it; -1 never, ALWAYS always
 
 @dataclass
 class Problem:
@@ -129,277 +196,81 @@ class Problem:
 
 @dataclass
 class Rollout:
-    """One response = prefix + completion; its last four fields are filled in by Parts 4 and 8."""
+    """One response = prefix + completion. Parts 2, 5 and 4, in this order, fill in the rest."""
     prompt: Tokens
-    prefix: Tokens      # the expert's tokens, [] when not guided
-    completion: Tokens  # the policy's tokens, EOS included when it was reached
-    reward: float
-    micro_group: int    # index into the schedule
+    prefix: Tokens               # the expert's tokens, [] when not guided
+    completion: Tokens = field(default_factory=list)  # the policy's, EOS included when reached
+    reward: float = 0.0
+    micro_group: int = 0         # index into the schedule
     advantage: float = 0.0
-    # Log-probs of the completion when it was drawn; then, of a trained rollout, log-probs and
-    # entropies of prefix and completion before the first update.
-    sampler_logprobs: list[float] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
+    sampler_logprobs: list[float] = field(default_factory=list)  # of the completion, when drawn
+    logprobs: list[float] = field(default_factory=list)   # of prefix + completion, in the update;
+    entropies: list[float] = field(default_factory=list)  # [] if the update left the rollout out
 
-def is_guided(returns_so_far: list[float], group: MicroGroup) -> bool:
+def is_guided(returns_so_far: list[float], micro_group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
-    return sum(returns_so_far) / max(1, len(returns_so_far)) < group.threshold
+    return sum(returns_so_far) / max(1, len(returns_so_far)) < micro_group.threshold
 
-def expert_prefix(solution_ids: Tokens, ratio: float, breaks: Iterable[int] = ()) -> Tokens:
+def expert_prefix(solution_ids: Tokens, ratio: float) -> Tokens:
     """The first round(ratio * length) ids of the solution; all of them, EOS included, at ratio 1.
 
-    `breaks`, ids that end a paragraph: the cut moves on to behind the next one, if that comes
-    within 30 % of the solution's length (the released code; the paper cuts anywhere).
+    The paper cuts anywhere; the released code moves on to a paragraph break if one is near.
     """
-    length = len(solution_ids)
-    cut = round(ratio * length)
-    reach = min(length, cut + round(0.3 * length)) if cut else 0
-    return solution_ids[:next((i + 1 for i in range(cut, reach) if solution_ids[i] in breaks), cut)]
+    return solution_ids[:round(ratio * len(solution_ids))]
 
 def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
-                  generate: Callable[[list[Tokens], list[int]], list[Tokens]],
-                  score: Callable[[Problem, Tokens], float], rng: random.Random,
-                  speculate: bool = False, max_response: int = 1024,
-                  breaks: Iterable[int] = ()) -> list[list[Rollout]]:
+                  generate: Callable[[list[Tokens], list[int]], list[Drawn]],
+                  reward: Callable[[Problem, Tokens], float], rng: random.Random, *,
+                  max_response: int = 1024, speculate: bool = False) -> list[list[Rollout]]:
     """Algorithm 1: draw every problem's group of rollouts, micro-group by micro-group.
 
-    With `speculate`, every branch that the thresholds may choose is drawn in ONE generate call
-    (trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt); the walk keeps those that it would
-    have drawn. The distribution is exactly the same: given the policy, branches are independent,
-    and a decision looks only at rollouts kept from earlier micro-groups, so it cannot matter
-    whether a branch is drawn after the decision or before it, unseen.
-
     Args: problems: anything with .prompt_ids and .solutions; a guided micro-group picks one.
-        generate: (requests, limits on new tokens) -> completions.   score: reward of a response.
+        generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
+        reward: of a response, prefix and completion together, in [0, 1].
         rng: picks the solutions.   max_response: tokens, prefix and completion together.
+        speculate: draw all that may be needed in one call of generate; the same distribution.
     Returns: for each problem its sum(sizes) rollouts, in the order drawn.
     """
     # Picked before anything is drawn, so that no decision changes what the others pick.
     solutions = [[rng.choice(p.solutions) if p.solutions else None for _ in schedule]
                  for p in problems]
-    drawn: dict[tuple[int, int, bool], list[tuple[Tokens, Tokens]]] = {}
-
-    def draw(branches: Iterable[tuple[int, int, bool]]) -> None:
-        """Fill `drawn` for (problem, micro-group, guided) branches with one generate call."""
-        jobs = [(i, m, helped, expert_prefix(solutions[i][m], schedule[m].ratio, breaks)
-                 if helped else []) for i, m, helped in branches for _ in range(schedule[m].size)]
-        unfinished = [(i, prefix) for i, m, _, prefix in jobs if prefix != solutions[i][m]]
-        completions = iter(generate(
-            [problems[i].prompt_ids + prefix for i, prefix in unfinished],
-            [max(0, max_response - len(prefix)) for _, prefix in unfinished]) if unfinished else ())
-        for i, m, helped, prefix in jobs:  # a complete solution leaves nothing to generate
-            completion = [] if prefix == solutions[i][m] else next(completions)
-            drawn.setdefault((i, m, helped), []).append((prefix, completion))
-
-    def guided(i: int, m: int, returns: list[float]) -> bool:
-        return solutions[i][m] is not None and is_guided(returns, schedule[m])
-
-    if speculate:  # returns lie in [0, 1], so the two extremes show what may be decided
-        draw(dict.fromkeys((i, m, guided(i, m, returns)) for m in range(len(schedule))
-                           for i in range(len(problems))
-                           for returns in ([[0.0], [1.0]] if m else [[]])))
+    if speculate:
+        generate = draw_ahead(problems, solutions, schedule, generate, max_response)
     groups: list[list[Rollout]] = [[] for _ in problems]
-    for m in range(len(schedule)):
-        chosen = [(i, m, guided(i, m, [r.reward for r in group])) for i, group in enumerate(groups)]
-        if not speculate:
-            draw(chosen)
-        for i, m, helped in chosen:
-            for prefix, completion in drawn[i, m, helped]:
-                reward = score(problems[i], prefix + completion)
-                groups[i].append(Rollout(problems[i].prompt_ids, prefix, completion, reward, m))
+    for m, micro_group in enumerate(schedule):
+        unfinished = []
+        for problem, group, picked in zip(problems, groups, solutions):
+            solution, prefix = picked[m], []
+            if solution is not None and is_guided([r.reward for r in group], micro_group):
+                prefix = expert_prefix(solution, micro_group.ratio)
+            new = [Rollout(problem.prompt_ids, prefix, micro_group=m)
+                   for _ in range(micro_group.size)]
+            group += new
+            if prefix != solution:  # the whole solution would leave nothing to generate
+                unfinished += new
+        requests = [r.prompt + r.prefix for r in unfinished]
+        limits = [max(0, max_response - len(r.prefix)) for r in unfinished]
+        drawn = generate(requests, limits) if requests else []
+        for r, (completion, logprobs) in zip(unfinished, drawn, strict=True):
+            r.completion, r.sampler_logprobs = completion, logprobs
+        for problem, group in zip(problems, groups):
+            for r in group[-micro_group.size:]:
+                r.reward = reward(problem, r.prefix + r.completion)
     return groups
 
-# ==== Part 3. The policy: loading it, sampling from it, and the log-probs that training needs.
-def load_policy(name: str) -> tuple[nn.Module, object]:
-    """A causal LM with fp32 master weights on the CPU, and its tokenizer (by transformers).
-
-    From a local folder, a Hub id, or a bare Qwen name; InputError if it cannot be had or used.
-    """
-    path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
-        policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # the Hub, the network and safetensors all raise their own
-        raise InputError(f"cannot load model '{name}' (tried a folder of that name and the Hub "
-                         f"id {path}: {brief(error)}); give a local folder: --model path/to/model"
-                         ) from error
-    policy.generation_config.eos_token_id = sorted(
-        {*end_ids(policy), tokenizer.eos_token_id} - {None})
-    check_policy(policy)
-    return policy, tokenizer
-
-def brief(error: Exception) -> str:
-    """The beginning of an error's message, as one line."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
-
-def end_ids(policy: nn.Module) -> Tokens:
-    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>)."""
-    ends = policy.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends] if ends is not None else []
-
-@torch.no_grad()
-def check_policy(policy: nn.Module) -> None:
-    """InputError unless token_logprobs and sample agree with the model's own logits.
-
-    They do without its output layer and its masks: a model that scales its logits, or whose
-    attention slides, would be trained on wrong probabilities without a word.
-    """
-    def agrees() -> bool:
-        ids = list(range(1, 17))
-        expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        (ours,), _ = token_logprobs(policy, [ids], [1])
-        (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
-        (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
-        return all(torch.allclose(x, y, atol=1e-3, rtol=1e-3) for x, y in (
-            (ours, expected[range(15), ids[1:]]), (again, torch.tensor(drawn))))
-
-    if getattr(policy.config, "sliding_window", None) or not agrees():
-        raise InputError(f"{type(policy).__name__} does more than full attention and a matrix "
-                         "product for its logits (sliding window, soft-capping, scaling?): use a "
-                         "model without, such as Qwen2.5")
-
-@torch.inference_mode()
-def sample(policy: nn.Module, requests: list[Tokens], limits: list[int],
-           temperature: float = 1.0, static: bool = False, kv_tokens: int = 1 << 19,
-           ) -> tuple[list[Tokens], list[list[float]]]:
-    """Draw one completion per request from the exact policy.
-
-    Not model.generate, which takes top-k, top-p and a repetition penalty from the model's
-    generation_config: samples from another distribution make the policy gradient biased.
-
-    Args: requests: token ids, ragged, none empty.   limits: new tokens allowed for each.
-        temperature: divides the logits; 0 is greedy.   static: decode on fixed buffers.
-        kv_tokens: split the requests so that a batch's cache holds at most so many tokens.
-    Returns: completions (EOS included when reached) and the log-probs of what was drawn, nats,
-        under softmax(logits / temperature), or softmax(logits) if greedy.
-    """
-    was_training = policy.training
-    policy.eval()  # in train mode gradient checkpointing would drop the cache
-    completions, logprobs = [[] for _ in requests], [[] for _ in requests]
-    # Every request has its own random numbers, so what it draws depends neither on how the requests
-    # are split, nor on when finished rows leave the batch.
-    noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
-    for batch in micro_batches([len(request) + max(limits) for request in requests], kv_tokens):
-        drawn = decode(policy, [requests[i] for i in batch], [limits[i] for i in batch],
-                       noise[batch].to(policy.device), temperature, static)
-        for i, tokens, scores in zip(batch, *drawn):
-            completions[i], logprobs[i] = tokens, scores
-    policy.train(was_training)
-    return completions, logprobs
-
-def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: Tensor,
-           temperature: float, static: bool) -> tuple[list[Tokens], list[list[float]]]:
-    """One batch of `sample`: prefill each distinct request once, then a token a step.
-
-    A decode step of a small model on a GPU is bound by the launches of its kernels, so with
-    `static` it runs on buffers of fixed size and is replayed as one CUDA graph. Otherwise finished
-    rows leave the batch, once they make up a quarter of it (a cut copies the whole cache).
-    """
-    ends, place = set(end_ids(policy)), {}  # distinct request -> its row in the prefill
-    copies = [place.setdefault(tuple(request), len(place)) for request in requests]
-    width = max(map(len, place))  # padded on the left: all completions start level
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in place], device=policy.device)
-    mask = torch.tensor([[t >= width - len(r) for t in range(width)] for r in place],
-                        device=policy.device)
-    cache = transformers.DynamicCache(config=policy.config)
-    logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
-    cache.batch_select_indices(torch.tensor(copies, device=policy.device))
-    logits, mask = logits[copies, -1], nn.functional.pad(mask[copies], (0, max(limits)))
-    position = mask.sum(1, keepdim=True) - 1  # of the newest token of each row
-    token = torch.zeros_like(position)
-    mask = mask[:, None, None]  # transformers takes four dimensions as they are, in every step
-    if static:
-        replay = graphed_step(policy, cache, token, position, mask)
-    completions, logprobs = [[] for _ in requests], [[] for _ in requests]
-    rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
-    for now in range(width, width + max(limits)):
-        choice, scores = draw_tokens(logits, noise[:, now - width], temperature)
-        for k, (row, new, logprob) in enumerate(zip(rows, choice.tolist(), scores.tolist())):
-            if alive[k]:
-                completions[row].append(new)
-                logprobs[row].append(logprob)
-                alive[k] = new not in ends and len(completions[row]) < limits[row]
-        if not any(alive):
-            break
-        token.copy_(choice[:, None])
-        position += 1
-        mask[..., now] = True
-        if static:
-            logits = replay()
-            continue
-        if sum(alive) <= 0.75 * len(rows):
-            kept = [k for k, lives in enumerate(alive) if lives]
-            cache.batch_select_indices(torch.tensor(kept, device=policy.device))
-            token, position, mask, noise = (x[kept] for x in (token, position, mask, noise))
-            rows, alive = [rows[k] for k in kept], [True] * len(kept)
-        logits = policy(input_ids=token, attention_mask=mask[..., :now + 1], position_ids=position,
-                        past_key_values=cache, use_cache=True).logits[:, -1]
-    return completions, logprobs
-
-def graphed_step(policy: nn.Module, cache, token: Tensor, position: Tensor,
-                 mask: Tensor) -> Callable[[], Tensor]:
-    """A decode step on fixed buffers, which the caller fills: () -> [B, V] logits.
-
-    On CUDA it is recorded once and replayed, one launch in place of some 80 a layer. The cache's
-    contents move into one whose tensors never move or grow.
-    """
-    fixed = transformers.StaticCache(config=policy.config, max_cache_len=mask.shape[-1])
-    for i, layer in enumerate(cache.layers):
-        fixed.update(layer.keys, layer.values, i)
-    cache.layers.clear()  # its memory is needed
-
-    def step() -> Tensor:
-        return policy(input_ids=token, attention_mask=mask, position_ids=position,
-                      past_key_values=fixed, use_cache=True).logits[:, -1]
-
-    if not token.is_cuda:
-        return step
-    filled = fixed.layers[0].cumulative_length.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a warm-up run, which capture demands, and which writes to
-        step()                       # one place behind the prompt: taken back below
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
-    for layer in fixed.layers:
-        layer.cumulative_length.copy_(filled)
-    return lambda: (graph.replay(), logits)[1]
-
-def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
-
-    Inverts the cumulative distribution, in float64: float32 would round away the tail of a
-    vocabulary of 150 000. Temperature 0 takes the most likely token.
-    """
-    logprobs = scaled_logprobs(logits, temperature or 1.0)
-    if temperature:
-        cumulative = logprobs.double().exp().cumsum(-1)
-        target = noise[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
-    else:
-        token = logprobs.argmax(-1, keepdim=True)
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
-
-def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probs of softmax(logits / temperature), in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits / temperature).log_softmax(-1)
-
+# ==== Part 3. Log-probs of response tokens: what every loss above is a function of.
+#
+# Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
+# vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
+# matter, and the head is applied in chunks, which the backward pass computes again.
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 
 def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int],
                    temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
 
-    Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
-    vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
-    matter, and the head is applied in chunks, which the backward pass computes again. Padding is on
-    the right and not masked: exact, as causal attention never looks right, and the fast kernel.
+    Padding is on the right and not masked: exact, as causal attention never looks right, and it
+    keeps the fast kernel.
 
     Args: sequences: token ids, ragged.
         starts: index of the first token to score in each, >= 1 (the first token has no context).
@@ -407,24 +278,28 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     Returns: two lists of tensors in nats, one of [len(sequence) - start] per sequence.
     """
     width, device = max(map(len, sequences)), policy.device
-    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
-    hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    spots = torch.tensor([row * width + t for row, (s, start) in enumerate(zip(sequences, starts))
-                          for t in range(start, len(s))], dtype=torch.long, device=device)
-    targets = ids.flatten()[spots].split(HEAD_CHUNK)
-    hidden = hidden.flatten(0, 1)[spots - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
-    head, again = policy.get_output_embeddings(), functools.partial(
-        checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
-    chunks = [(again if len(targets) > 1 else score_chunk)(head, h, y, temperature)
-              for h, y in zip(hidden, targets)]
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)  # [B, T]
+    hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
+    places = [row * width + t for row, (s, start) in enumerate(zip(sequences, starts))
+              for t in range(start, len(s))]
+    places = torch.tensor(places, dtype=torch.long, device=device)                # [N]
+    targets = ids.flatten()[places].split(HEAD_CHUNK)
+    hidden = hidden.flatten(0, 1)[places - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
+    head, of_chunk = policy.get_output_embeddings(), chunk_logprobs
+    if len(targets) > 1:
+        of_chunk = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False,
+                                     preserve_rng_state=False)
+    chunks = [of_chunk(head, h, y, temperature) for h, y in zip(hidden, targets)]
     lengths = [len(s) - start for s, start in zip(sequences, starts)]
     logprobs, entropies = (torch.cat(pieces).split(lengths) for pieces in zip(*chunks))
     return list(logprobs), list(entropies)
 
-def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
-                temperature: float) -> tuple[Tensor, Tensor]:
+def chunk_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor,
+                   temperature: float) -> tuple[Tensor, Tensor]:
     """[N, H] hidden states and [N] targets -> [N] log-probs and [N] entropies (no gradient)."""
-    logprobs = scaled_logprobs(head(hidden), temperature)
+    logits = head(hidden)                                                         # [N, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = (logits / temperature).log_softmax(-1)
     with torch.no_grad():
         entropies = torch.special.entr(logprobs.exp()).sum(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], entropies
@@ -438,16 +313,17 @@ def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor,
 # wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
 # their order, nor leaving out rollouts that add exactly nothing can change it.
 def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
-    """Inert: the rollout's gradient is exactly zero, and the update leaves it out."""
-    supervised = rollout.prefix and prefix_loss in ("trsft", "sft")
-    reinforced = rollout.advantage != 0 and (rollout.completion or prefix_loss == "luffy")
-    return not (supervised or reinforced)
+    """Is the rollout's gradient zero for certain? Then the update leaves it out."""
+    weightless = rollout.advantage == 0
+    prefix_is_inert = not rollout.prefix or prefix_loss == "none" or (
+        prefix_loss == "luffy" and weightless)
+    return prefix_is_inert and (weightless or not rollout.completion)
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices cut into micro-batches of at most `budget` padded tokens (or one sequence).
 
-    Sorted by length, longest first: neighbours need little padding, and if memory does not
-    suffice, the first micro-batch says so.
+    Sorted by length, longest first: neighbours need little padding, and an out-of-memory error
+    comes in the first micro-batch.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -456,52 +332,424 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Namespace) -> float:
+def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Settings) -> float:
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss.
 
-    The first pass over a rollout leaves its log-probs and entropies on it.
+    Leaves log-probs and entropies on every rollout that is trained.
     """
     active = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
     batches = micro_batches([len(r.prompt + r.prefix + r.completion) for r in active],
                             args.micro_tokens)
-    score = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
-    # FSDP averages gradients over the processes, hence the divisor is the mean of theirs. And each
-    # pass of a sharded model is a collective operation, of which all processes need equally many.
+    prefix_loss = PREFIX_LOSSES[args.prefix_loss]
+    # A sharded policy has a method of that name (Part 9), and averages gradients over the
+    # processes: hence the divisor is the mean of theirs.
+    logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     divisor = sum(gather(len(rollouts))) / WORLD * args.max_response
-    total, clip = 0.0, args.clip if args.updates > 1 else None
-    for b in range(max(gather(len(batches)))):
-        if b >= len(batches):
-            (score([[0, 0]], [1])[0][0].sum() * 0).backward()
-            continue
-        batch = [active[i] for i in batches[b]]
-        with torch.autocast("cuda", torch.bfloat16, enabled=policy.device.type == "cuda"):
-            logprobs, entropies = score([r.prompt + r.prefix + r.completion for r in batch],
-                                        [len(r.prompt) for r in batch], args.temperature)
+    total = 0.0
+    for indices in batches:
+        batch = [active[i] for i in indices]
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
+            logprobs, entropies = logprobs_of([r.prompt + r.prefix + r.completion for r in batch],
+                                              [len(r.prompt) for r in batch], args.temperature)
         loss = 0.0
-        for r, new, entropy in zip(batch, logprobs, entropies):
-            if not r.logprobs:
-                r.logprobs, r.entropies = new.tolist(), entropy.tolist()
-            prefix, own = new.tensor_split([len(r.prefix)])
-            old = own.new_tensor(r.logprobs[len(r.prefix):])
-            loss = loss + PREFIX_LOSSES[args.prefix_loss](prefix, r.advantage, args.alpha).sum()
-            loss = loss + policy_gradient_loss(own, old, r.advantage, clip).sum()
+        for r, both, entropy in zip(batch, logprobs, entropies):
+            r.logprobs, r.entropies = both.tolist(), entropy.tolist()
+            prefix, completion = both.tensor_split([len(r.prefix)])
+            loss = loss + prefix_loss(prefix, r.advantage, args.alpha).sum()
+            loss = loss + policy_gradient_loss(completion, r.advantage).sum()
         (loss / divisor).backward()
         total += loss.item() / divisor
+    join_other_processes(logprobs_of, len(batches))
     return total
 
-# ==== Part 5. Data and reward: a row becomes a Problem.
+# ==== Part 5. One step, and the loop.
+def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Optimizer,
+               task: "Task", args: Settings, step: int) -> tuple[dict, list[list[Rollout]]]:
+    """Rollouts, then the update: (metrics over all processes, this process's groups).
+
+    The sampler has the policy's weights (Part 9): in bf16, or gathered from other processes.
+    """
+    spent = Counter()  # seconds and tokens
+
+    def generate(requests: list[Tokens], limits: list[int]) -> list[Drawn]:
+        began = time.perf_counter()
+        completions, logprobs = sample(sampler, requests, limits, args.temperature,
+                                       kv_tokens=args.kv_tokens)
+        spent["seconds_sample"] += time.perf_counter() - began
+        spent["tokens_generated"] += sum(map(len, completions))
+        return list(zip(completions, logprobs))
+
+    # ---- Rollout phase: this process's share of the step's prompts, eight rollouts each.
+    began = time.perf_counter()
+    rng = random.Random(f"{args.seed} {step} {RANK}")
+    torch.manual_seed(rng.getrandbits(63))
+    groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate,
+                           task.reward, rng, max_response=args.max_response,
+                           speculate=args.speculate)
+    for group in groups:
+        advantages = group_advantages(torch.tensor([r.reward for r in group]))
+        for r, advantage in zip(group, advantages.tolist()):
+            r.advantage = advantage
+    spent["seconds_reward"] = time.perf_counter() - began - spent["seconds_sample"]
+
+    # ---- Learning phase: one update on all of them.
+    began = time.perf_counter()
+    rollouts = [r for group in groups for r in group]
+    for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
+        p.grad = torch.zeros_like(p)
+    loss = accumulate_gradients(policy, rollouts, args)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    norm = float(norm.full_tensor() if WORLD > 1 else norm)
+    if math.isfinite(norm):
+        set_learning_rate(optimizer, step, args)
+        optimizer.step()
+        refresh(sampler, policy)
+    spent["seconds_update"] = time.perf_counter() - began
+    return step_metrics(policy, rollouts, loss, norm, spent, args), groups
+
+def train(args: Settings) -> None:
+    """The whole run: load or resume; then roll out, update, evaluate and save, step by step."""
+    policy, tokenizer, sampler, optimizer, task, progress = prepare(args)
+    log = open_log(args, progress)
+    if progress.step == 0 and task.heldout:
+        log({"eval": evaluate(sampler, task, args, whole=True)})
+    signals = catch_signals()
+    for step in tqdm(range(progress.step, args.steps), disable=RANK > 0):
+        metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
+        progress.step = step + 1
+        progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
+        if task.heldout and is_due(args.eval_every, progress, args):
+            metrics["eval"] = evaluate(sampler, task, args, whole=progress.step == args.steps)
+            show_group(groups, tokenizer, args)
+        log(metrics)
+        stop = any(gather(bool(signals) or progress.skipped == 3))
+        if stop or is_due(args.save_every, progress, args):
+            save(policy, tokenizer, optimizer, progress, args)
+        if stop:
+            break
+    finish(args, progress, bool(signals))
+
+# ==== The workshop. This was TRAPO; below is what it runs on, for those who want to look.
+
+# ==== Part 6. The sampler. train_step draws rollouts with it; `evaluate` and eval.py, responses.
+#
+# Not model.generate, which takes top-k, top-p and a repetition penalty from the model's
+# generation_config: samples from another distribution would make the policy gradient biased.
+@torch.inference_mode()
+def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], temperature: float = 1.0,
+           *, noise: Tensor | None = None, kv_tokens: int = 1 << 19,
+           ) -> tuple[list[Tokens], list[list[float]]]:
+    """Draw one completion per request from the exact policy.
+
+    Args: requests: token ids, ragged, none empty.   limits: new tokens allowed for each.
+        temperature: divides the logits; 0 is greedy.
+        noise: [requests, longest limit] uniform numbers, float64; else from torch's generator.
+        kv_tokens: split the requests so that a batch's cache holds at most so many tokens.
+    Returns: completions (EOS included when reached) and the log-probs of what was drawn, nats,
+        under softmax(logits / temperature), or softmax(logits) if greedy.
+    """
+    was_training = policy.training
+    policy.eval()  # in train mode gradient checkpointing would drop the cache
+    completions, logprobs = [[] for _ in requests], [[] for _ in requests]
+    # Every request has its own random numbers, so what it draws depends neither on how the requests
+    # are split, nor on when finished rows leave the batch.
+    if noise is None:
+        noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
+    for indices in micro_batches([len(request) + max(limits) for request in requests], kv_tokens):
+        drawn = decode(policy, [requests[i] for i in indices], [limits[i] for i in indices],
+                       noise[indices].to(policy.device), temperature)
+        for i, completion, values in zip(indices, *drawn):
+            completions[i], logprobs[i] = completion, values
+    policy.train(was_training)
+    return completions, logprobs
+
+def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: Tensor,
+           temperature: float) -> tuple[list[Tokens], list[list[float]]]:
+    """One batch of `sample`: run the requests, then draw a token of every row in each step.
+
+    Finished rows leave the batch once they make up a quarter of it: a cut copies the whole cache.
+    """
+    cache, copies, logits, mask = prefill(policy, requests)
+    batch = Buffers(policy, cache, copies, mask, mask.sum(1, keepdim=True) - 1)
+    ends = policy.generation_config.eos_token_id or ()
+    completions, logprobs = [[] for _ in requests], [[] for _ in requests]
+    rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
+    for t in range(max(limits)):
+        tokens, values = draw_tokens(logits, noise[:, t], temperature)
+        for k, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), values.tolist())):
+            if alive[k]:
+                completions[row].append(token)
+                logprobs[row].append(logprob)
+                alive[k] = token not in ends and len(completions[row]) < limits[row]
+        if not any(alive):
+            break
+        if batch.is_full() or sum(alive) <= 0.75 * len(alive):
+            kept = [k for k, lives in enumerate(alive) if lives]
+            batch = Buffers(policy, batch.cache, kept, batch.mask, batch.position)
+            tokens, noise = tokens[kept], noise[kept]
+            rows, alive = [rows[k] for k in kept], [True] * len(kept)
+        logits = batch.step(tokens)
+    return completions, logprobs
+
+def prefill(policy: nn.Module, requests: list[Tokens]) -> tuple:
+    """Run each distinct request through the policy, padded on the left: completions start level.
+
+    Returns: the cache; for each of the B requests its row there; [B, V] logits; [B, T] mask.
+    """
+    distinct = list(dict.fromkeys(map(tuple, requests)))
+    row_of = {request: row for row, request in enumerate(distinct)}
+    copies = [row_of[tuple(request)] for request in requests]
+    width = max(map(len, distinct))
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in distinct], device=policy.device)
+    lengths = torch.tensor(list(map(len, distinct)), device=policy.device)
+    mask = torch.arange(width, device=policy.device) >= width - lengths[:, None]
+    cache = transformers.DynamicCache(config=policy.config)
+    logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, cache=cache,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
+    return cache, copies, logits[copies, -1], mask[copies]
+
+class Buffers:
+    """A batch's decode step on tensors of fixed size and place, as a CUDA graph needs them.
+
+    A step of a small model on a GPU is bound by the launches of its kernels, some 80 a layer: so it
+    is recorded once, and replayed with one launch. When rows leave, or the room is used up, the
+    kept rows move into new buffers.
+    """
+    ROOM = 128  # tokens
+
+    def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], mask: Tensor,
+                 position: Tensor) -> None:
+        """Take the `kept` rows of a cache, whose memory is freed, of [B, T] mask, [B, 1] position."""
+        self.policy, self.used = policy, mask.shape[1]
+        self.cache = transformers.StaticCache(policy.config, max_cache_len=self.used + self.ROOM)
+        for i, layer in enumerate(cache.layers):
+            self.cache.update(layer.keys[kept, :, :self.used], layer.values[kept, :, :self.used], i)
+            layer.keys = layer.values = None
+        self.mask_room = nn.functional.pad(mask[kept], (0, self.ROOM))
+        self.position = position[kept]  # of each row's newest token
+        self.token = torch.zeros_like(self.position)
+        self.run = self.forward
+        if self.token.is_cuda:
+            self.run = self.record()
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T]: which of the tokens so far are real."""
+        return self.mask_room[:, :self.used]
+
+    def is_full(self) -> bool:
+        """Is there no room for another token?"""
+        return self.used == self.mask_room.shape[1]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append [B] tokens; returns the [B, V] logits of the next ones."""
+        self.token.copy_(tokens[:, None])
+        self.position += 1
+        self.mask_room[:, self.used] = True
+        self.used += 1
+        return self.run()
+
+    def forward(self) -> Tensor:
+        """[B, V] logits after self.token. A mask of four dimensions is taken as it is."""
+        return self.policy(input_ids=self.token, attention_mask=self.mask_room[:, None, None],
+                           position_ids=self.position, cache=self.cache, use_cache=True,
+                           ).logits[:, -1]
+
+    def record(self) -> Callable[[], Tensor]:
+        """`forward` as a CUDA graph."""
+        filled = self.cache.layers[0].cumulative_length.clone()
+        stream = capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a warm-up run, which capture demands, and which writes to
+            self.forward()               # one place behind the prompt: taken back below
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            logits = self.forward()
+        for layer in self.cache.layers:
+            layer.cumulative_length.copy_(filled)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+        return replay
+
+@functools.cache
+def capture_stream() -> "torch.cuda.Stream":
+    """One side stream for all captures: torch caches memory by stream."""
+    return torch.cuda.Stream()
+
+def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
+
+    Inverts the cumulative distribution: of blocks of the vocabulary, then within the block that was
+    hit. The sums are float64: float32 would round away the tail of a vocabulary of 150 000.
+    Temperature 0 takes the most likely token.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
+    top, token = logits.max(-1, keepdim=True)                                     # [B, 1]
+    size = 256
+    weights = nn.functional.pad((logits - top).exp(), (0, -logits.shape[1] % size))
+    blocks = weights.unflatten(1, (-1, size))                                     # [B, N, 256]
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                         # [B, N]
+    if temperature:
+        target = noise[:, None] * ends[:, -1:]
+        block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+        inside = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)  # [B, 256]
+        rest = target - nn.functional.pad(ends, (1, 0)).gather(1, block)
+        # Rounding may not carry it past the block's last token of a weight above zero.
+        rest = torch.minimum(rest, inside[:, -1:].nextafter(torch.zeros_like(rest)))
+        token = block * size + torch.searchsorted(inside, rest, right=True)
+        token = token.clamp(max=logits.shape[1] - 1)
+    logprobs = logits.gather(1, token) - top - ends[:, -1:].log()
+    return token[:, 0], logprobs[:, 0]
+
+def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
+               schedule: list[MicroGroup], generate: Callable, max_response: int) -> Callable:
+    """Draw every branch that the thresholds may choose in ONE call; a `generate` that hands out.
+
+    For trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt. The distribution is exactly that
+    of drawing in turn: rollouts of equal requests are independent and alike, so it does not matter
+    which of them is handed out, nor whether it was drawn before the decision, unseen.
+    """
+    branches = []  # (request, limit)
+    for problem, picked in zip(problems, solutions):
+        for m, (micro_group, solution) in enumerate(zip(schedule, picked)):
+            # Returns lie in [0, 1], so the two extremes show what may be decided.
+            extremes = [[0.0], [1.0]] if m else [[]]
+            for guided in {solution is not None and is_guided(x, micro_group) for x in extremes}:
+                prefix = expert_prefix(solution, micro_group.ratio) if guided else []
+                branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
+                if prefix != solution:
+                    branches += [branch] * micro_group.size
+    stock = defaultdict(list)
+    drawn = generate(*map(list, zip(*branches))) if branches else []
+    for (request, limit), pair in zip(branches, drawn, strict=True):
+        stock[tuple(request), limit].append(pair)
+
+    def hand_out(requests: list[Tokens], limits: list[int]) -> list[Drawn]:
+        return [stock[tuple(request), limit].pop(0) for request, limit in zip(requests, limits)]
+    return hand_out
+
+# ==== Part 7. Models, data and reward: what `prepare` and eval.py load.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "openr1": ("Elliott/Openr1-Math-46k-8192", None)}
+
+class InputError(ValueError):
+    """The user's input cannot be used: main() prints the message as one line and exits with 2."""
+
+def brief(error: BaseException) -> str:
+    """The beginning of an error's message, as one line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+@contextlib.contextmanager
+def explained(doing: str, remedy: str) -> Iterator[None]:
+    """Turn whatever is raised while reading or writing into one InputError with a remedy.
+
+    The Hub, the network, the parsers and safetensors all raise errors of their own.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot {doing} ({brief(error.__cause__ or error)}): {remedy}") from error
+
+def load_policy(name: str) -> tuple[nn.Module, object]:
+    """A causal LM with fp32 master weights on the CPU, and its tokenizer (by transformers).
+
+    From a local folder, a Hub id, or a bare Qwen name; InputError if it cannot be had or used.
+    """
+    path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
+    with explained(f"load model '{name}' (tried a folder of that name and the Hub id {path})",
+                   "give a local folder: --model path/to/model"):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        for key, value in list(vars(config).items()):  # log-probs must not differ between passes
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
+        policy, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, trust_remote_code=False,
+            output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(f"model '{name}' lacks weights ({', '.join(missing)[:100]}): they "
+                             "would be random; get the model once more")
+        ends = end_tokens(policy, tokenizer)
+    # Fresh: sampling defaults, complete or not, are of no use here, and a contradiction among them
+    # would be refused only when the first checkpoint is saved.
+    policy.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=config.bos_token_id)
+    check_policy(policy, tokenizer, name)
+    return policy, tokenizer
+
+def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
+    """The ids that end a response.
+
+    Chat models have several (<|im_end|>, <|endoftext|>), and base models with a chat template stop
+    at what it prints after an assistant's turn, whether or not their config says so.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("its tokenizer has no EOS token, so no response could end: set eos_token "
+                         "in tokenizer_config.json")
+    ends = policy.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
+        chat = tokenizer.apply_chat_template(turns, tokenize=False)
+        after = tokenizer(chat.rpartition("<answer>")[2], add_special_tokens=False).input_ids
+        found |= set(after[:1]) & set(tokenizer.all_special_ids)
+    return sorted(found)
+
+def check_policy(policy: nn.Module, tokenizer, name: str) -> None:
+    """InputError unless token_logprobs and sample agree with the model's own logits.
+
+    They do without its output layer and its masks: a model that scales its logits, or whose
+    attention slides, would be trained on wrong probabilities without a word.
+    """
+    if not all(p.isfinite().all() for p in policy.parameters()):
+        raise InputError(f"model '{name}' has weights that are not finite: get it once more, or "
+                         "start from an older checkpoint")
+    if len(tokenizer) > (size := policy.get_input_embeddings().weight.shape[0]):
+        raise InputError(f"model '{name}' has {size} embeddings for a tokenizer of "
+                         f"{len(tokenizer)} tokens: they do not belong together")
+    remedy = "use a decoder with full attention and a plain output layer, such as Qwen2.5"
+    with explained(f"train model '{name}', a {type(policy).__name__}", remedy):
+        if getattr(policy.config, "sliding_window", None) or not agrees(policy):
+            raise ValueError("its attention slides, or its logits are capped or scaled")
+
+@torch.no_grad()
+def agrees(policy: nn.Module) -> bool:
+    """Do the log-probs of token_logprobs and of sample equal those of the model's own logits?"""
+    ids = list(range(1, 17))
+    expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    (ours,), _ = token_logprobs(policy, [ids], [1])
+    (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
+    (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
+    return (torch.allclose(ours, expected[range(15), ids[1:]], atol=1e-3, rtol=1e-3)
+            and torch.allclose(again, torch.tensor(drawn), atol=1e-3, rtol=1e-3))
+
+def check_context(policy: nn.Module, tokens: int, device: str) -> None:
+    """InputError if responses would run beyond what the model was made for (`tokens` in all)."""
+    config = policy.config
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    if tokens > limit:
+        raise InputError(f"the model's context is {limit} tokens, prompt and response may have "
+                         f"{tokens}: lower --max-prompt and --max-response (eval.py: --max-tokens),"
+                         " or raise max_position_embeddings and rope_theta in its config.json")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if device == "cuda" and rope in ("dynamic", "longrope"):
+        raise InputError(f"RoPE of type '{rope}' changes with the length, which a CUDA graph cannot"
+                         ": use another model, or --device cpu")
 
 @dataclass
 class Task:
     """All that the training loop knows of the data."""
     train: list[Problem]
     heldout: dict[str, list[Problem]]  # name of a held-out set -> its problems, the main one first
-    score: Callable[[Problem, Tokens], float]
+    reward: Callable[[Problem, Tokens], float]
     in_order: bool = False             # a curriculum: not to be shuffled
-    breaks: Iterable[int] = ()         # ids of paragraph breaks, for --snap-prefix
 
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
@@ -521,95 +769,131 @@ def math_reward(response: str, answer: str) -> float:
     """1.0 if the response's final answer equals `answer`, else 0.0; never raises."""
     return grade(response, answer)[0]
 
-def read_row(row: dict) -> tuple[str, list[str], str]:
-    """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
-
-    OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer with "####".
-    Plain: problem (or question), answer, perhaps solution, a string or a list.
-    """
-    if "reward_model" in row:
-        problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
-        answer = row["reward_model"]["ground_truth"]
-        solutions = [re.sub(r"</?think>\n?", "", m["content"]) for m in row.get("target") or []]
-    elif "question" in row and "####" in str(row["answer"]):  # with calculator marks <<48/2=24>>
-        problem = row["question"]
-        solution, _, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
-        answer = answer.strip().replace(",", "")
-        solutions = [f"{solution.strip()}\n\\boxed{{{answer}}}"]
-    else:
-        problem, answer = row["problem" if "problem" in row else "question"], row["answer"]
-        solutions = row.get("solution") or []
-        solutions = solutions if isinstance(solutions, list) else [solutions]
-    problem, answer, *solutions = ("" if x is None else str(x).strip()
-                                   for x in (problem, answer, *solutions))
-    return problem, solutions, answer
-
 def load_rows(dataset: str, split: str = "train"):
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had."""
     from datasets import disable_progress_bars, load_dataset
     disable_progress_bars()
-    try:
-        if dataset in HUB:
-            return load_dataset(*HUB[dataset], split=split)
+    hub, config = HUB.get(dataset, (None, None))
+    with explained(f"read the Hub data set {hub}" if hub else f"read the file {dataset}",
+                   "give a local file of UTF-8 JSON lines or parquet, such as path/to/rows.jsonl"):
+        if hub:
+            return load_dataset(hub, config, split=split)
+        if not os.path.getsize(dataset):
+            raise ValueError("it is empty")
         return load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
-    except Exception as error:  # the Hub, the network and the parsers all raise their own
-        source = f"Hub data set {HUB[dataset][0]}" if dataset in HUB else f"file {dataset}"
-        raise InputError(f"cannot read the {source} ({brief(error.__cause__ or error)}); a local "
-                         "file works too: --dataset path/to/rows.jsonl") from error
 
-def make_problems(rows: Iterable[dict], tokenizer, args: Namespace,
+def read_row(row: dict) -> tuple[object, list, object]:
+    """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
+
+    OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer with "####".
+    Plain: problem (or question), answer, perhaps solution, a text or a list.
+    """
+    if "reward_model" in row:
+        problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
+        solutions = [re.sub(r"</?think>\n?", "", m["content"]) for m in row.get("target") or []]
+        return problem, solutions, row["reward_model"]["ground_truth"]
+    problem, answer = row["problem" if "problem" in row else "question"], row["answer"]
+    if "question" in row and "####" in str(answer):  # with calculator marks <<48/2=24>>
+        solution, _, answer = re.sub(r"<<.*?>>", "", answer).rpartition("####")
+        answer = answer.strip().replace(",", "")
+        return problem, [f"{solution.strip()}\n\\boxed{{{answer}}}"], answer
+    solutions = row.get("solution")
+    if not isinstance(solutions, list):
+        solutions = [] if solutions is None else [solutions]
+    return problem, solutions, answer
+
+def as_text(value: object) -> str | None:
+    """A text or a number as text, nothing as "", and None for what was not meant as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return "" if value is None else str(value).strip()
+
+def prompt_tokens(problem: str, tokenizer) -> Tokens:
+    """The problem with INSTRUCTION: a chat's first turn, or plain text for a model without chat."""
+    text = f"{problem}\n{INSTRUCTION}"
+    if not tokenizer.chat_template:
+        ids = tokenizer(text + "\n\n").input_ids  # with the BOS, if the model is used to one
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+    with explained("use the model's chat template", "mend chat_template in its tokenizer's files"):
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+    return tokenizer(chat, add_special_tokens=False).input_ids
+
+def make_problem(row: dict, tokenizer, args: Settings, heldout: bool) -> Problem | str:
+    """A row's Problem, or why it is of no use. The solutions of held-out rows are ignored."""
+    try:
+        problem, solutions, answer = read_row(row)
+    except KeyError as error:
+        raise InputError(f"cannot use rows with columns {', '.join(row)} (no {error}): expected "
+                         "problem, answer (and solution), or GSM8K's or OpenR1's") from error
+    except (TypeError, IndexError, AttributeError):
+        return "of another form"
+    problem, answer = as_text(problem), as_text(answer)
+    texts = [] if heldout else [as_text(solution) for solution in solutions]
+    if None in (problem, answer, *texts):
+        return "neither text nor number"
+    if not problem or not answer:
+        return "no problem or answer"
+    if texts and not any(texts):
+        return "empty solution"
+    prompt_ids = prompt_tokens(problem, tokenizer)
+    if len(prompt_ids) > args.max_prompt:
+        return "prompt too long"
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts if text]
+    short = [ids + [tokenizer.eos_token_id] for ids in encoded if len(ids) < args.max_response]
+    return "solution too long" if texts and not short else Problem(prompt_ids, short, answer)
+
+def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
                   heldout: bool = False) -> list[Problem]:
     """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
 
-    A row without a solution stays, and is never guided; of `heldout` rows none is read. Lengths are
-    limited by args.max_prompt and args.max_response, in tokens.
+    A row without a solution stays, and is never guided. Lengths are limited by args.max_prompt and
+    args.max_response, in tokens.
     """
-    problems, dropped = [], []
-    for row in rows:
-        try:
-            problem, texts, answer = read_row(row)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise InputError(f"cannot read a row with columns {', '.join(row)}: expected problem, "
-                             "answer (and solution), or GSM8K's or OpenR1's columns") from error
-        prompt, texts = f"{problem}\n{INSTRUCTION}", [] if heldout else texts
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-        ) if tokenizer.chat_template else prompt + "\n\n"
-        prompt_ids, *solutions = (tokenizer(text, add_special_tokens=False).input_ids
-                                  for text in (prompt, *filter(None, texts)))
-        short = [s + [tokenizer.eos_token_id] for s in solutions if len(s) < args.max_response]
-        why = ("no problem or answer" if not problem or not answer else
-               "empty solution" if texts and not solutions else
-               "prompt too long" if len(prompt_ids) > args.max_prompt else
-               "solution too long" if texts and not short else "")
-        (dropped if why else problems).append(why or Problem(prompt_ids, short, answer))
-    counts = ", ".join(f"{dropped.count(why)} {why}" for why in dict.fromkeys(dropped))
-    if RANK == 0:
-        print(f"{args.dataset}: {len(problems)} problems; dropped: {counts or 'none'}")
+    made = [make_problem(row, tokenizer, args, heldout) for row in rows]
+    dropped = Counter(why for why in made if isinstance(why, str))
+    problems = [problem for problem in made if isinstance(problem, Problem)]
+    counts = ", ".join(f"{count} {why}" for why, count in dropped.items())
+    say(f"{args.dataset}: {len(problems)} problems{', held out' * heldout}; "
+        f"dropped: {counts or 'none'}")
     if not problems:
         raise InputError(f"{args.dataset} has no usable row ({counts or 'it is empty'}); see "
                          "--max-prompt and --max-response, and the README on formats")
     return problems
 
-def math_task(tokenizer, args: Namespace) -> Task:
-    """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
+def math_task(tokenizer, args: Settings) -> Task:
+    """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows.
+
+    By problem: what is held out is not trained on, though a file may hold it twice.
+    """
     rows, size = load_rows(args.dataset), args.eval_size
     if args.dataset == "gsm8k":
         cut, test = len(rows), itertools.islice(load_rows("gsm8k", "test"), size)
     else:
         size = min(size, len(rows) // 10)
         cut, test = len(rows) - size, itertools.islice(rows, len(rows) - size, None)
-    train = make_problems(itertools.islice(rows, cut), tokenizer, args)
+    if args.eval_size and not size:
+        say(f"{args.dataset} has fewer than 10 rows: none is held out, nothing is evaluated")
     heldout = make_problems(test, tokenizer, args, heldout=True) if size else []
+    asked = {tuple(problem.prompt_ids) for problem in heldout}
+    made = make_problems(itertools.islice(rows, cut), tokenizer, args)
+    train = [problem for problem in made if tuple(problem.prompt_ids) not in asked]
+    if len(train) < len(made):
+        say(f"{len(made) - len(train)} of them are held out as well, and are not trained on")
+    if not train:
+        raise InputError(f"{args.dataset}: every problem is held out; --eval-size 0 holds out none")
+    if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
+        raise InputError(f"--method {args.method} trains on solutions alone, and {args.dataset} has"
+                         " none: give a file with a column 'solution'")
 
-    def score(problem: Problem, response: Tokens) -> float:
+    def reward(problem: Problem, response: Tokens) -> float:
         return math_reward(tokenizer.decode(response, skip_special_tokens=True), problem.answer)
 
-    breaks = frozenset(i for word, i in tokenizer.get_vocab().items()
-                       if args.snap_prefix and "\n\n" in tokenizer.convert_tokens_to_string([word]))
-    return Task(train, {"held out": heldout} if heldout else {}, score, breaks=breaks)
+    return Task(train, {"held out": heldout} if heldout else {}, reward)
 
-# ==== Part 6. The embedded experiment: clock chains, a world small enough for a CPU.
+# ==== Part 8. The clock world: the embedded experiment, small enough for a CPU.
 #
 # A 24-hour clock shows h; k times some hours (1-9) are added or taken away, each step on a line
 # named by a letter. A tiny Qwen2 is "pretrained" from scratch on a textbook (prompts that end in
@@ -666,7 +950,7 @@ def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool
     ids = tokenizer.convert_tokens_to_ids
     return Problem(ids([*prompt, mark]), [ids(solution)], str(hour))
 
-def clock_task(tokenizer, args: Namespace) -> Task:
+def clock_task(tokenizer, args: Settings) -> Task:
     """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
 
     `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
@@ -675,7 +959,7 @@ def clock_task(tokenizer, args: Namespace) -> Task:
     if not set(CLOCK_WORDS) <= tokenizer.get_vocab().keys():
         raise InputError("--dataset clock needs a --model of the embedded experiment, or none")
 
-    def score(problem: Problem, response: Tokens) -> float:
+    def reward(problem: Problem, response: Tokens) -> float:
         ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
         return float(response[-3:] == ending and response.count(ending[0]) == 1)
 
@@ -686,13 +970,13 @@ def clock_task(tokenizer, args: Namespace) -> Task:
 
     if args.dataset == "clock-corpus":
         rng, total = random.Random(f"corpus {args.seed}"), args.steps * args.prompts
-        return Task([corpus_problem(tokenizer, rng, i / total) for i in range(total)], {}, score,
+        return Task([corpus_problem(tokenizer, rng, i / total) for i in range(total)], {}, reward,
                     in_order=True)
     sets = {"in range (k 5-9)": (5, 9, "?"), "longer (k 10)": (10, 10, "?"),
             "textbook (k 2-4)": (2, 4, ":"), "direct (k 1)": (1, 1, "?")}
     return Task(problems("train", 512, 5, 9, "?"),
                 {name: problems(name, args.eval_size, *kind) for name, kind in sets.items()
-                 if args.eval_size}, score)
+                 if args.eval_size}, reward)
 
 def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     """A text of the pretraining corpus, `progress` (0 to 1) of the way through it.
@@ -706,49 +990,71 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     worked = mark == ":" or rng.random() < (0.5 if early else 0.005)
     k = 1 if not worked and (early or rng.random() < 0.8) else rng.randint(1, 10)
     return clock_problem(tokenizer, rng, k, mark, worked, filler=0.04, slip=0.01, largest=level)
-
-# ==== Part 7. Processes and checkpoints
+# ==== Part 9. Processes and checkpoints: what `train` stands on.
 #
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
 # keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
 # Everything random comes from generators seeded with (seed, step), the order of the data too: so
 # weights, optimizer state and two counters are a run's whole state, and a run that was killed and
 # resumed equals one that was not, bit for bit.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def gather(value: object) -> list:
-    """Every process's value, in the order of their ranks; all processes must call it."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
+@dataclass
+class Progress:
+    """How far a run is: steps done, and how many of the last updates in a row were skipped."""
+    step: int = 0
+    skipped: int = 0
 
-def leave() -> None:
-    """End this process at once: gloo's threads may outlive its groups and abort a dying Python."""
-    if WORLD > 1:
-        sys.stdout.flush()
-        os._exit(0)
+def prepare(args: Settings) -> tuple:
+    """All that stands before the first step: (policy, tokenizer, sampler, optimizer, task, progress).
 
-def shard(policy: nn.Module, device: str) -> None:
-    """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another; bf16 on CUDA."""
-    from torch.distributed import fsdp
-    options = {"mesh": dist.init_device_mesh(device, (WORLD,))}
-    if device == "cuda":
-        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    for part in (*policy.base_model.layers, policy):
-        fsdp.fully_shard(part, **options)
-    policy.token_logprobs = functools.partial(token_logprobs, policy)
-    fsdp.register_fsdp_forward_method(policy, "token_logprobs")
+    From the newest checkpoint if the run is resumed, else from --model.
+    """
+    policy, tokenizer, state = load_start(args)
+    check_context(policy, args.max_prompt + args.max_response, args.device)
+    task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
+    sampler = make_sampler(policy, args)  # before sharding: it is whole
+    policy.train()
+    if args.recompute:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    shard(policy, args) if WORLD > 1 else policy.to(args.device)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas), weight_decay=0.0)
+    if state:
+        full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+    progress = Progress(state.get("step", 0), state.get("skipped", 0) % 3)
+    if progress.step > args.steps:
+        raise InputError(f"the run in {args.out} is at step {progress.step} already: give --steps "
+                         "beyond it")
+    return policy, tokenizer, sampler, optimizer, task, progress
 
-def make_sampler(policy: nn.Module, device: str) -> nn.Module:
-    """What rollouts are drawn from: a copy of the policy, bf16 on CUDA; on one CPU the policy."""
-    if device == "cpu" and WORLD == 1:
+def load_start(args: Settings) -> tuple[nn.Module, object, dict]:
+    """(policy, tokenizer, trainer state) of the newest checkpoint that can be read, or a start."""
+    saved = checkpoints(Path(args.out)) if args.resume else []
+    for folder in reversed(saved):
+        try:
+            policy, tokenizer = load_policy(str(folder))
+            with explained(f"read {folder}/trainer.pt", "delete that checkpoint"):
+                return policy, tokenizer, torch.load(folder / "trainer.pt", map_location="cpu",
+                                                     weights_only=True, mmap=True)
+        except InputError as error:
+            say(f"{folder} is damaged, trying the one before it: {error}")
+    if saved:
+        raise InputError(f"no checkpoint in {args.out} can be read: --overwrite the run")
+    if args.resume and args.dataset != "clock-corpus":
+        say(f"no checkpoint in {args.out}: from the beginning")
+    return *(load_policy(args.model) if args.model else clock_model(args.seed)), {}
+
+def make_sampler(policy: nn.Module, args: Settings) -> nn.Module:
+    """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16.
+
+    One fp32 process on a CPU needs none. Parameters alone are cast: RoPE's buffers stay fp32.
+    """
+    if args.device == "cpu" and WORLD == 1 and not args.bf16:
         return policy
-    sampler = copy.deepcopy(policy).requires_grad_(False)
-    for p in sampler.parameters() if device == "cuda" else ():
-        p.data = p.data.to(torch.bfloat16)  # parameters only: RoPE's buffers must stay fp32
-    return sampler.to(device)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    copies = {id(p): nn.Parameter(p.detach().to(args.device, dtype, copy=True), False)
+              for p in policy.parameters()}  # one by one, so that there is never a second fp32 model
+    return copy.deepcopy(policy, copies).to(args.device)
 
 @torch.no_grad()
 def refresh(sampler: nn.Module, policy: nn.Module) -> None:
@@ -756,104 +1062,179 @@ def refresh(sampler: nn.Module, policy: nn.Module) -> None:
     for mine, new in zip(sampler.parameters(), policy.parameters(), strict=True):
         if mine is not new:
             mine.copy_(new.full_tensor() if WORLD > 1 else new)
+    if sampler.device.type == "cuda":
+        torch.cuda.synchronize()  # or the update's time is counted as the next step's
+
+def shard(policy: nn.Module, args: Settings) -> None:
+    """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another."""
+    from torch.distributed import fsdp
+    options = {"mesh": dist.init_device_mesh(args.device, (WORLD,))}
+    if args.bf16:
+        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for part in (*policy.base_model.layers, policy):
+        fsdp.fully_shard(part, **options)
+    # FSDP gathers the weights when a method of the policy is called that it was told of.
+    policy.token_logprobs = functools.partial(token_logprobs, policy)
+    fsdp.register_fsdp_forward_method(policy, "token_logprobs")
+
+def join_other_processes(logprobs_of: Callable, batches: int) -> None:
+    """Passes of weight 0, as many as others have micro-batches left: FSDP wants all to take part."""
+    for _ in range(max(gather(batches)) - batches):
+        logprobs, _ = logprobs_of([[0, 0]], [1])
+        (0 * logprobs[0].sum()).backward()
+
+def batch_at(step: int, task: Task, args: Settings) -> list[Problem]:
+    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
+    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
+    if task.in_order:
+        return [task.train[i % n] for i in places]
+    order = {epoch: random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
+             for epoch in {i // n for i in places}}
+    return [task.train[order[i // n][i % n]] for i in places]
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Settings) -> None:
+    """A linear warm-up, then constant; with args.decay, falling to 0 in the second half."""
+    factor = min(1, (step + 1) / max(1, args.warmup))
+    if args.decay:
+        factor *= min(1, 2 * (1 - step / args.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * factor
+
+def is_due(every: int, progress: Progress, args: Settings) -> bool:
+    """Every so many steps, and at the end."""
+    return progress.step % every == 0 or progress.step == args.steps
+
+def catch_signals() -> list[float]:
+    """A list that fills when Ctrl-C or SIGTERM comes; a second one ends the program at once.
+
+    Not within a second of the first: torchrun passes a Ctrl-C on that its processes had already.
+    """
+    came: list[float] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(time.monotonic())
+        if came[-1] > came[0] + 1:
+            raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return came
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, so that no other run writes into it."""
+    handle = None
+    if RANK == 0:
+        with explained(f"write to {folder}", "give another --out"):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise InputError(f"another run is writing to {folder}: give another --out") from None
+            say(f"waiting for another run that makes {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    gather(0)  # the others wait here
+    yield
+    if handle is not None:
+        os.close(handle)
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
     return sorted(found, key=lambda path: int(path.name[11:]))
 
-def save(policy: nn.Module, tokenizer, optimizer, progress: dict, out: Path) -> None:
+def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Settings) -> None:
     """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
 
     Under a temporary name, flushed to the disk, then renamed. All processes must call it.
-    progress: the step, and how many updates in a row were skipped.
     """
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    final, temporary = out / f"checkpoint-{progress['step']}", out / ".unfinished"
-    if RANK or final.exists():
+    if RANK:
         return
-    shutil.rmtree(temporary, ignore_errors=True)
-    policy.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
-    torch.save({**progress, "optimizer": state}, temporary / "trainer.pt")
-    for path in [*temporary.iterdir(), temporary]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    os.replace(temporary, final)
-    for older in checkpoints(out)[:-2]:
-        shutil.rmtree(older)
+    out = Path(args.out)
+    final, temporary = out / f"checkpoint-{progress.step}", out / ".unfinished"
+    with explained(f"save to {out}", "free space there, then --resume; older checkpoints are kept"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        policy.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        torch.save({**dataclasses.asdict(progress), "optimizer": state}, temporary / "trainer.pt")
+        for path in [*temporary.iterdir(), temporary]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, from before the resume
+        os.replace(temporary, final)
+        for older in checkpoints(out)[:-2]:
+            shutil.rmtree(older)
 
-def publish(out: Path) -> None:
-    """Copy the newest checkpoint's model into <out> itself, the weights last: then all is there."""
-    for file in sorted(checkpoints(out)[-1].iterdir(), key=lambda file: "safetensors" in file.name):
-        if file.name != "trainer.pt":
-            shutil.copy(file, out / ".copy")
-            os.replace(out / ".copy", out / file.name)
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, nothing between."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
-# ==== Part 8. The training loop
-def batch_at(step: int, task: Task, args: Namespace) -> list[Problem]:
-    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
-    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
-    order = {epoch: range(n) if task.in_order else
-             random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
-             for epoch in {i // n for i in places}}
-    return [task.train[order[i // n][i % n]] for i in places]
+def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
+    """A function that appends a step's metrics to <out>/metrics.jsonl, cut back to the step now.
 
-def train_step(policy: nn.Module, sampler: nn.Module, optimizer, task: Task, args: Namespace,
-               step: int) -> tuple[dict, list[list[Rollout]]]:
-    """Rollouts, then the update: (metrics over all processes, this process's groups)."""
-    seconds, drawn = {"sample": 0.0}, []
+    Beside it stands settings.json. --overwrite removes what the old run left.
+    """
+    out = Path(args.out)
+    gather(0)  # nobody writes before everybody has read
+    if RANK:
+        return lambda metrics: None
+    path, kept, before = out / "metrics.jsonl", [], time.perf_counter()
+    with explained(f"write to {out}", "give another --out, or free space there"):
+        for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if progress.step and path.exists():
+            lines = path.read_text().splitlines(True)
+            kept = [line for line in lines  # a kill may have torn the last line
+                    if line.endswith("}\n") and json.loads(line)["step"] <= progress.step]
+        write_whole(path, "".join(kept))
+        settings = dataclasses.asdict(args) | {"resume": False, "overwrite": False}
+        write_whole(out / "settings.json", json.dumps(settings, indent=1))
+        file = path.open("a", buffering=1)  # a line is on the disk once written
 
-    def generate(requests: list[Tokens], limits: list[int]) -> list[Tokens]:
-        started = time.perf_counter()
-        completions, logprobs = sample(sampler, requests, limits, args.temperature,
-                                       args.cuda_graphs, args.kv_tokens)
-        drawn.extend(zip(completions, logprobs))
-        seconds["sample"] += time.perf_counter() - started
-        return completions
+    def log(metrics: dict) -> None:
+        nonlocal before
+        now = time.perf_counter()
+        line = {"step": progress.step, **metrics, "updates_skipped_in_a_row": progress.skipped,
+                "seconds": now - before}
+        before = now
+        with explained(f"write to {path}", "free space there, then --resume"):
+            file.write(json.dumps(line) + "\n")
+    return log
 
-    # ---- Rollout phase
-    started = time.perf_counter()
-    rng = random.Random(f"{args.seed} {step} {RANK}")
-    torch.manual_seed(rng.getrandbits(63))
-    groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate,
-                           task.score, rng, args.speculate, args.max_response, task.breaks)
-    rollouts = [r for group in groups for r in group]
-    advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
-    scores = {id(completion): logprobs for completion, logprobs in drawn}  # the very list object
-    for r, advantage in zip(rollouts, advantages.flatten().tolist()):
-        r.advantage, r.sampler_logprobs = advantage, scores.get(id(r.completion), [])
-    seconds["score"] = time.perf_counter() - started - seconds["sample"]
+def finish(args: Settings, progress: Progress, stopped: bool) -> None:
+    """How a run ends: a complete one's model is copied into <out> itself, the weights last."""
+    out = Path(args.out)
+    if progress.skipped == 3:
+        say(f"stopped after step {progress.step}: three updates in a row were not finite; the saved"
+            f" weights are those before them: python trapo.py --resume --out {out} --lr <lower>")
+        raise SystemExit(1)
+    if progress.step < args.steps:
+        say(f"stopped after step {progress.step}: " + (
+            "the same command goes on" if args.dataset == "clock-corpus" else
+            f"go on with python trapo.py --resume --out {out}"))
+        raise SystemExit(130)
+    if RANK == 0:
+        with explained(f"write to {out}", "free space there, then --resume"):
+            files = [file for file in checkpoints(out)[-1].iterdir() if file.name != "trainer.pt"]
+            for file in sorted(files, key=lambda file: "safetensors" in file.name):
+                shutil.copy(file, out / ".copy")
+                os.replace(out / ".copy", out / file.name)
+        print_table(out)
+    gather(0)  # the files are there
+    if stopped:
+        raise SystemExit(130)
 
-    # ---- Learning phase
-    started = time.perf_counter()
-    decay = min(1, 2 * (1 - step / args.steps)) if args.decay else 1
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
-    for _ in range(args.updates):
-        for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
-            p.grad = torch.zeros_like(p)
-        loss = accumulate_gradients(policy, rollouts, args)
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-        norm = float(norm.full_tensor() if WORLD > 1 else norm)
-        if not math.isfinite(norm):
-            break
-        optimizer.step()
-        refresh(sampler, policy)
-    if policy.device.type == "cuda":
-        torch.cuda.synchronize()  # or its time is counted as the next step's
-    seconds["update"] = time.perf_counter() - started
-
-    peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
-    metrics = rollout_statistics([r for part in gather(rollouts) for r in part], args,
-                                 end_ids(policy))
-    return metrics | {
-        "tokens_generated": sum(gather(sum(len(completion) for completion, _ in drawn))),
-        "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
-        **{f"seconds_{name}": s for name, s in seconds.items()}}, groups
+# ==== Part 10. Metrics, evaluation, printing: what the loop reports.
+def say(text: str) -> None:
+    """Print a line, once for all processes, and above a progress bar."""
+    if RANK == 0:
+        tqdm.write(text)
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None if there is none or it is not finite."""
@@ -861,11 +1242,16 @@ def mean(values: Iterable[float]) -> float | None:
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     return total / len(values) if values and math.isfinite(total) else None
 
-def rollout_statistics(rollouts: list[Rollout], args: Namespace, ends: Tokens) -> dict:
-    """What a step's rollouts, of all processes, say: a line of metrics.jsonl."""
+def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: float,
+                 spent: Counter, args: Settings) -> dict:
+    """A line of metrics.jsonl: what a step's rollouts, of all processes, say."""
+    rollouts = [r for part in gather(rollouts) for r in part]
     own = [r for r in rollouts if r.completion]
     trained = [r for r in rollouts if r.logprobs]
     p = [math.exp(x) for r in trained for x in r.logprobs[:len(r.prefix)]]
+    ends = policy.generation_config.eos_token_id or ()
+    peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
     return {
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
         "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
@@ -883,282 +1269,195 @@ def rollout_statistics(rollouts: list[Rollout], args: Namespace, ends: Tokens) -
         "prefix_outside_share": mean(x < args.alpha for x in p),
         "prefix_weight": mean(1 / max(x, args.alpha, 1e-300) for x in p),
         "prefix_inverse_p": mean(1 / max(x, 1e-300) for x in p),
+        "tokens_generated": sum(gather(spent["tokens_generated"])),
         "tokens_trained": sum(len(r.logprobs) for r in trained),
-        "rollouts_skipped": len(rollouts) - len(trained)}
+        "rollouts_skipped": len(rollouts) - len(trained),
+        "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
+        **{name: x for name, x in spent.items() if name.startswith("seconds")}}
 
-def evaluate(sampler: nn.Module, task: Task, args: Namespace, whole: bool) -> dict[str, float]:
+def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dict[str, float]:
     """Share of held-out problems solved, by one response each, sampled as in training and greedy.
 
     Unless `whole`, only the first held-out set, sampled: a cheap point of the learning curve.
     """
     found = {}
     for name, problems in list(task.heldout.items())[:None if whole else 1]:
+        random_numbers = torch.Generator().manual_seed(args.seed)
+        noise = torch.rand(len(problems), args.max_response, dtype=torch.float64,
+                           generator=random_numbers)[RANK::WORLD]
+        mine = problems[RANK::WORLD]
         for temperature in (args.temperature, 0.0) if whole else (args.temperature,):
-            torch.manual_seed(args.seed)
-            mine = problems[RANK::WORLD]
             responses, _ = sample(sampler, [p.prompt_ids for p in mine],
-                                  [args.max_response] * len(mine), temperature,
-                                  args.cuda_graphs, args.kv_tokens)
-            right = sum(gather(sum(map(task.score, mine, responses))))
+                                  [args.max_response] * len(mine), temperature, noise=noise,
+                                  kv_tokens=args.kv_tokens)
+            right = sum(gather(sum(map(task.reward, mine, responses))))
             found[name if temperature else f"{name}, greedy"] = right / len(problems)
     return found
 
-def show_group(group: list[Rollout], tokenizer) -> None:
-    """Print a rollout of each micro-group, the expert's prefix set apart: the method at work."""
-    left, right = ("\033[33m", "\033[0m ") if sys.stdout.isatty() else ("[", "] ")
-    tqdm.write("prompt: " + tokenizer.decode(group[0].prompt))
-    for m, r in sorted({r.micro_group: r for r in reversed(group)}.items()):
-        prefix = left + tokenizer.decode(r.prefix) + right if r.prefix else ""
-        tqdm.write(f"  micro-group {m + 1}, reward {r.reward:.0f}: {prefix}"
-                   + tokenizer.decode(r.completion))
-
-def train(args: Namespace) -> None:
-    """The whole run: load or resume, then roll out, update, measure and save, step by step."""
-    out, interrupted, bad, start = Path(args.out), [], 0, 0
-    saved = checkpoints(out)[-1:] if args.resume else []
-    origin = str(saved[0]) if saved else args.model
-    policy, tokenizer = load_policy(origin) if origin else clock_model(args.seed)
-    task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
-    sampler = make_sampler(policy, args.device)  # before sharding: it is whole
-    policy.train()
-    if args.recompute:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(policy, args.device) if WORLD > 1 else policy.to(args.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas),
-                                  weight_decay=args.weight_decay)
-    if saved:
-        state = torch.load(saved[0] / "trainer.pt", map_location="cpu", weights_only=True)
-        full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-        start, bad = state["step"], state["bad"]
-        if start > args.steps:
-            raise InputError(f"the run in {out} is at step {start} already: give --steps beyond")
-    elif args.resume and RANK == 0 and args.dataset != "clock-corpus":
-        print(f"no checkpoint in {out}: from the beginning")
-    record = open_log(out, start, policy, args)
-    if start == 0 and task.heldout:
-        record({"step": 0, "eval": evaluate(sampler, task, args, whole=True)})
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(
-        signal.SIGINT, signal.default_int_handler))  # a second Ctrl-C stops at once
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=RANK > 0)
-    for step in bar:
-        began, done = time.perf_counter(), step + 1
-        metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
-        bad = bad + 1 if metrics["grad_norm"] is None else 0
-        if bad and RANK == 0:
-            tqdm.write(f"step {done}: the loss or its gradient is not finite, update skipped")
-        if task.heldout and (done == args.steps or done % args.eval_every == 0):
-            metrics["eval"] = evaluate(sampler, task, args, whole=done == args.steps)
-            if RANK == 0 and groups:
-                show_group(groups[0], tokenizer)
-        record({"step": done, **metrics, "updates_skipped_in_a_row": bad,
-                "seconds": time.perf_counter() - began})
-        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("reward_unguided", "guided",
-                         "response_length") if metrics[k] is not None})
-        stop = any(gather(bool(interrupted) or bad == 3))
-        if stop or done == args.steps or done % args.save_every == 0:
-            save(policy, tokenizer, optimizer, {"step": done, "bad": bad % 3}, out)
-        if stop:
-            bar.close()
-            if RANK == 0:
-                print(f"stopped after step {done}: " + (
-                    "three updates in a row were not finite; try a lower --lr" if bad == 3 else
-                    "the same command goes on" if args.dataset == "clock-corpus" else
-                    f"go on with python trapo.py --resume --out {out}"))
-            raise SystemExit(1 if bad == 3 else 130)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if RANK == 0:
-        publish(out)
-        print_table(out)
-    gather(0)  # the files are there
-
-def open_log(out: Path, start: int, policy: nn.Module, args: Namespace) -> Callable[[dict], None]:
-    """A function that appends a line to metrics.jsonl, which is cut back to the step resumed from.
-
-    Beside it stands config.json, which is also the model's: the run's settings are its key "trapo".
-    """
-    policy.config.trapo = {k: v for k, v in vars(args).items()
-                           if k not in ("schedule", "resume", "overwrite")}
-    policy.config.trapo["thresholds"] = [str(t) for t in args.thresholds]  # JSON knows no inf
-    gather(0)  # nobody writes before everybody has read
-    if RANK:
-        return lambda metrics: None
-    for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    path, temporary = out / "metrics.jsonl", out / ".metrics"
-    lines = path.read_text().splitlines(True) if start and path.exists() else []
-    out.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(x for x in lines  # a kill may have torn the last line
-                                 if x.endswith("}\n") and json.loads(x)["step"] <= start))
-    os.replace(temporary, path)
-    policy.config.save_pretrained(out)
-    file, run = path.open("a", buffering=1), None  # a line is on the disk once written
-    if args.wandb:
-        import wandb
-        run = wandb.init(project="trapo", name=out.name, config=policy.config.trapo)
-
-    def record(metrics: dict) -> None:
-        file.write(json.dumps(metrics) + "\n")
-        if run:
-            run.log(metrics, step=metrics["step"])
-            if metrics["step"] == args.steps:
-                run.finish()
-    return record
+def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
+    """Print a prompt's group of rollouts, the expert's prefix set apart: the method at work."""
+    left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    for group in groups[:1]:
+        say("prompt: " + tokenizer.decode(group[0].prompt))
+        for m, micro_group in enumerate(args.schedule):
+            drawn = [r for r in group if r.micro_group == m]
+            returns = [r.reward for r in group if r.micro_group < m]
+            helped = f"{micro_group.ratio:.0%} of the solution" if drawn[0].prefix else "no help"
+            why = f"mean return {sum(returns) / len(returns):.2f}, " if returns else ""
+            say(f"  micro-group {m + 1}: {why}{helped}")
+            for r in drawn:
+                prefix = f"{left}{tokenizer.decode(r.prefix)}{right} " if r.prefix else ""
+                say(f"    reward {r.reward:.0f}, advantage {r.advantage:+.2f}:  {prefix}"
+                    + tokenizer.decode(r.completion))
 
 def print_table(out: Path) -> None:
     """Held-out accuracy before and after training, from metrics.jsonl."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     before, after = (line.get("eval", {}) for line in (lines[:1] + lines[-1:] or [{}, {}]))
     for name in before:
-        print(f"{name:30} before {before[name]:.3f}   after {after.get(name, math.nan):.3f}")
-    print(f"model and metrics are in {out}")
+        say(f"{name:30} before {before[name]:.3f}   after {after.get(name, math.nan):.3f}")
+    say(f"model and metrics are in {out}")
 
-# ==== Part 9. The command line
-#
-# A method is four settings; each row of Table 2 and each baseline is one line here, and takes the
-# same path through the code above.
-INF = math.inf
-MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0, 0.2, 0.5, 1], "thresholds": [-1, 0.5, 0.7, 0.9]}
-METHODS = {
-    "trapo": MICRO | {"prefix_loss": "trsft"},
-    "micro": MICRO | {"prefix_loss": "none"},
-    "naive": MICRO | {"prefix_loss": "sft"},
-    "micro-luffy": MICRO | {"prefix_loss": "luffy"},
-    "fixed-prefix": MICRO | {"thresholds": [-1, INF, INF, INF], "prefix_loss": "trsft"},
-    "grpo": {"sizes": [8], "ratios": [0], "thresholds": [-1], "prefix_loss": "none"},
-    "luffy": {"sizes": [7, 1], "ratios": [0, 1], "thresholds": [-1, INF], "prefix_loss": "luffy"},
-    "sft": {"sizes": [1], "ratios": [1], "thresholds": [INF], "prefix_loss": "sft"},
-}
-MATH = {"lr": 5e-6, "steps": 200, "warmup": 5, "prompts": 32, "max_prompt": 1024,
-        "max_response": 1024, "micro_tokens": 4096, "betas": [0.9, 0.95], "weight_decay": 0.0,
-        "eval_every": 20, "eval_size": 200, "save_every": 50}
-CLOCK = MATH | {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32, "max_response": 56,
-                "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
+# ==== Part 11. The command line. Defaults < presets < the resumed run's settings < what is typed.
+CLOCK = {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32, "max_response": 56,
+         "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
 CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 2500, "warmup": 20, "decay": True,
-                  "prompts": 32, "betas": [0.9, 0.98], "save_every": 300}
+                  "prompts": 32, "betas": (0.9, 0.98), "save_every": 300}
 CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
-MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "micro_tokens",
-              "kv_tokens", "speculate", "cuda_graphs", "recompute", "wandb", "out")
+MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "bf16", "micro_tokens",
+              "kv_tokens", "speculate", "recompute", "out", "lr", "resume")
+CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
+RANGES = {  # what is allowed, bounds included; a list's values one by one
+    "sizes": (1, 1e9), "ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1),
+    "max_prompt": (1, 1e9), "max_response": (1, 1e9), "steps": (1, 1e9), "base_steps": (1, 1e9),
+    "prompts": (1, 1e9), "lr": (1e-12, 1e12), "warmup": (0, 1e9), "max_grad_norm": (1e-12, 1e12),
+    "temperature": (1e-6, 1e6), "micro_tokens": (1, 1e9), "kv_tokens": (1, 1e12),
+    "seed": (0, 2**63 - 1), "eval_every": (1, 1e9), "eval_size": (0, 1e9), "save_every": (1, 1e9)}
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> typing.NoReturn:
         raise InputError(message + f" (see python {self.prog} --help)")
 
-def number(kind: type, low: float, high: float = INF) -> Callable[[str], float]:
-    """A flag's type: a number from low to high."""
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
-        return value
-    read.__name__ = kind.__name__  # what argparse calls it in "invalid int value"
-    return read
-
 def make_parser() -> Parser:
-    """Every flag in one line, with its unit."""
-    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12, 1e12)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    switch, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
+    """A flag for every field of Settings that has a help text; what is not typed is None."""
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.set_defaults(**MATH, **METHODS["trapo"])
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="trapo", help="preset of the next four settings")
-    add("--sizes", type=count, nargs="+", help="rollouts in each micro-group")
-    add("--ratios", type=share, nargs="+", help="share of the expert solution given")
-    add("--thresholds", type=number(float, -INF), nargs="+", help="guided if mean return is below")
-    add("--prefix-loss", choices=PREFIX_LOSSES, help="loss on expert tokens")
-    add("--alpha", type=share, default=0.1, help="edge of the trust region, a probability")
-    add("--snap-prefix", **switch, help="cut prefixes at a paragraph break")
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", help="local folder, Hub id or bare Qwen name; none: the embedded experiment")
-    add("--dataset", help="gsm8k, openr1, or a .jsonl / .json / .parquet file")
-    add("--max-prompt", type=count, help="longest prompt, tokens")
-    add("--max-response", type=count, help="longest response, prefix and completion, tokens")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=count, help="training steps")
-    add("--base-steps", type=count, default=2500, help="pretraining steps of the embedded base")
-    add("--prompts", type=count, help="prompts per step, over all processes")
-    add("--lr", type=positive, help="learning rate of AdamW, constant after the warm-up")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up")
-    add("--decay", **switch, help="in the second half, lr falls linearly to 0")
-    add("--betas", type=number(float, 0, 1 - 1e-9), nargs=2, help="AdamW's decay rates")
-    add("--weight-decay", type=share, help="AdamW's weight decay")
-    add("--max-grad-norm", type=positive, default=1.0, help="gradient clip, L2 norm")
-    add("--updates", type=count, default=1, help="updates per batch of rollouts")
-    add("--clip", type=share, default=0.2, help="PPO's epsilon, used if --updates > 1")
-    add("--temperature", type=positive, default=1.0, help="sampling temperature of the rollouts")
-    add = parser.add_argument_group("speed and memory").add_argument
-    add("--device", choices=("cpu", "cuda"), default=device, help="where to run")
-    add("--micro-tokens", type=count, help="padded tokens in a micro-batch of the update")
-    add("--kv-tokens", type=count, default=1 << 19, help="tokens in the sampler's cache")
-    add("--speculate", **either, help="draw all micro-groups in one pass; default: on CUDA")
-    add("--cuda-graphs", **either, help="decode by CUDA graph; default: on CUDA")
-    add("--recompute", **switch, help="gradient checkpointing of the layers")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run; runs/<model>-<method>-seed<seed> by default")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
-    add("--eval-every", type=count, help="steps between evaluations")
-    add("--eval-size", type=number(int, 0), help="held-out problems")
-    add("--save-every", type=count, help="steps between checkpoints")
-    add("--resume", **switch, help="go on from the newest checkpoint in --out")
-    add("--overwrite", **switch, help="replace the run in --out")
-    add("--wandb", **switch, help="log to Weights & Biases as well")
+                    allow_abbrev=False)
+    for f in dataclasses.fields(Settings):
+        if not f.metadata:
+            continue
+        if f.metadata["group"]:
+            flags = parser.add_argument_group(f.metadata["group"])
+        default, kind = f.default_factory(), (typing.get_args(f.type) or [f.type])[0]
+        text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
+        if isinstance(default, list):
+            text = f.metadata["help"] + f" (default: {' '.join(map(str, default))})"
+        name = "--" + f.name.replace("_", "-")
+        if kind is bool:
+            action = "store_true" if default is False else argparse.BooleanOptionalAction
+            flags.add_argument(name, action=action, default=None, help=text)
+        else:
+            flags.add_argument(name, type=kind, nargs="+" if isinstance(default, list) else None,
+                               choices=CHOICES.get(f.name), help=text)
     return parser
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Flags over the defaults of method and data set; with --resume, over the run's own settings.
-
-    InputError for the first setting that cannot be used, before anything is loaded.
-    """
-    parser = make_parser()
-    first = parser.parse_args(argv)
-    embedded = not first.model or run_settings(first.model).get("dataset") in CLOCKS
-    dataset = first.dataset or ("clock" if embedded else "gsm8k")
-    cuda = first.device == "cuda"
-    parser.set_defaults(**CLOCKS.get(dataset, MATH), dataset=dataset, speculate=cuda,
-                        cuda_graphs=cuda)
-    method = parser.parse_args(argv).method
-    name = Path(first.model).name if first.model else dataset
-    parser.set_defaults(**METHODS[method], out=f"runs/{name}-{method}-seed{first.seed}")
-    before = run_settings(parser.parse_args(argv).out) if first.resume else {}
-    parser.set_defaults(**before)
-    args = parser.parse_args(argv)
-    out, suffix = Path(args.out), Path(dataset).suffix
-    changed = [k for k in before if k not in MAY_CHANGE and getattr(args, k) != before[k]]
-    for wrong, message in (
-            (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
-            (out.exists() and not out.is_dir(), f"--out {out} is a file: give a folder"),
-            (args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out),
-             f"{out} is finished and has no checkpoint to resume: give another --out"),
-            ((out / "config.json").exists() and not run_settings(args.out),
-             f"{out} holds a model that is no run of this program: give another --out"),
-            (changed, f"--resume cannot change {', '.join(changed)} of the run in {out}: leave the "
-             "flag out, or start a new run with another --out"),
-            (not len(args.sizes) == len(args.ratios) == len(args.thresholds),
-             "--sizes, --ratios and --thresholds need equally many values"),
-            (args.device == "cuda" and not torch.cuda.is_available(), "no CUDA: use --device cpu"),
-            (dataset not in CLOCKS and not args.model, f"--dataset {dataset} needs a --model"),
-            (args.wandb and not importlib.util.find_spec("wandb"),
-             "--wandb needs the package: pip install wandb"),
-            (dataset not in {**HUB, **CLOCKS} and not (suffix in KINDS and os.path.isfile(dataset)),
-             f"no data set '{dataset}': give one of {', '.join(HUB)}, or the path of an existing "
-             ".jsonl, .json or .parquet file"),
-            (not (args.resume or args.overwrite) and (out / "config.json").exists(),
-             f"{out} already holds a run: --resume it, --overwrite it, or give another --out")):
-        if wrong:
-            raise InputError(message)
-    args.schedule = [MicroGroup(*x) for x in zip(args.sizes, args.ratios, args.thresholds)]
+def parse_args(argv: list[str] | None = None) -> Settings:
+    """The command line's Settings; InputError for what cannot be used, before anything is loaded."""
+    parsed = vars(make_parser().parse_args(argv))
+    typed = {name: value for name, value in parsed.items() if value is not None}
+    args = fill_in(typed)
+    if args.resume:
+        before = read_settings(args.out)
+        if not before:
+            raise InputError(f"--resume: there is no run in {args.out}")
+        changed = [k for k in typed if k not in MAY_CHANGE and typed[k] != before.get(k)]
+        if changed:
+            raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}"
+                             ": leave the flag out, or start a new run with another --out")
+        args = fill_in(before | typed)
+    check_values(args)
+    check_files(args)
     return args
 
-def run_settings(folder: str) -> dict:
-    """The settings of the run in this folder, {} if there is none."""
-    config = Path(folder) / "config.json"
-    try:
-        settings = json.loads(config.read_text()).get("trapo", {}) if config.exists() else {}
-        return settings | {k: list(map(float, v)) for k, v in settings.items() if k == "thresholds"}
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot read {config}: {brief(error)}") from error
+def fill_in(known: dict) -> Settings:
+    """Settings of what is known, and of presets and defaults for the rest."""
+    with explained("use the settings", "delete the run's settings.json, or give another --out"):
+        args = Settings(**known)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dataset is None:
+        embedded = not args.model or read_settings(args.model).get("dataset") in CLOCKS
+        args.dataset = "clock" if embedded else "gsm8k"
+    preset = CLOCKS.get(args.dataset, {})
+    method = known.get("method") or preset.get("method", "trapo")
+    for name, value in (preset | METHODS[method] | {"method": method}).items():
+        if name not in known:
+            setattr(args, name, value)
+    if args.bf16 is None:
+        args.bf16 = args.device == "cuda"
+    if args.speculate is None:
+        args.speculate = args.device == "cuda"
+    name = Path(args.model).name if args.model else args.dataset
+    args.out = args.out or f"runs/{name}-{method}-seed{args.seed}"
+    return args
+
+def read_settings(folder: str) -> dict:
+    """The settings of the run in this folder, or around this checkpoint; {} if there is none."""
+    run = Path(folder).parent if Path(folder).name.startswith("checkpoint-") else Path(folder)
+    path = run / "settings.json"
+    with explained(f"read {path}", "give another folder"):
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+def check_values(args: Settings) -> None:
+    """InputError for a number out of its range, or lists that do not fit together."""
+    for name, (low, high) in RANGES.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if not low <= value <= high:  # NaN as well
+                raise InputError(f"--{name.replace('_', '-')}: {value} is not in "
+                                 f"[{low:g}, {high:g}]")
+    if not len(args.sizes) == len(args.ratios) == len(args.thresholds):
+        raise InputError("--sizes, --ratios and --thresholds need equally many values")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA: use --device cpu")
+
+def check_files(args: Settings) -> None:
+    """InputError for a data set that is not there, or a folder that must not be written to."""
+    out, data = Path(args.out), Path(args.dataset)
+    known = ", ".join(HUB)
+    if args.dataset in CLOCKS:
+        pass
+    elif not args.model:
+        raise InputError(f"--dataset {data} needs a --model")
+    elif args.dataset not in HUB and not (data.suffix in KINDS and data.is_file()):
+        raise InputError(f"no data set '{data}': give one of {known}, or the path of an existing "
+                         ".jsonl, .json or .parquet file")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    if args.model and out.resolve() in (Path(args.model).resolve(),
+                                        *Path(args.model).resolve().parents):
+        if not args.resume:
+            raise InputError(f"--model {args.model} lies in --out {out}, which would be "
+                             "overwritten: give another --out")
+    run, model = (out / "settings.json").exists(), (out / "config.json").exists()
+    if model and not run:
+        raise InputError(f"{out} holds a model that is no run of this program: give another --out")
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out):
+        raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
+    if run and not (args.resume or args.overwrite):
+        raise InputError(f"{out} already holds a run: --resume it, --overwrite it, or give another "
+                         "--out")
+
+def make_base(args: Settings) -> str:
+    """The folder of the embedded experiment's base, pretrained once for a seed."""
+    base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
+    with locked(base, wait=True):  # another run of this seed may be making it
+        if not gather((base / "model.safetensors").exists())[0]:
+            say(f"pretraining the base, once for seed {args.seed}")
+            train(fill_in({"dataset": "clock-corpus", "seed": args.seed, "out": str(base), "bf16":
+                           False, "steps": args.base_steps, "device": args.device, "resume": True}))
+    return str(base)
 
 def main(argv: list[str] | None = None) -> None:
     """Train; the embedded experiment first pretrains its base, unless that was done before."""
@@ -1169,26 +1468,30 @@ def main(argv: list[str] | None = None) -> None:
         if WORLD > 1:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            # Some wait while rank 0 writes a checkpoint, for longer than NCCL's ten minutes.
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
+                                    timeout=timedelta(days=1))
         if args.dataset in CLOCKS:
             torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
         if not args.model and args.dataset == "clock":
-            base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
-            if not (base / "model.safetensors").exists():
-                if RANK == 0:
-                    print(f"pretraining the base, once for seed {args.seed}")
-                train(parse_args(["--dataset=clock-corpus", f"--seed={args.seed}", f"--out={base}",
-                                  f"--steps={args.base_steps}", f"--device={args.device}",
-                                  "--resume"]))
-            args.model = str(base)
-        train(args)
-    except (InputError, OSError, KeyboardInterrupt) as error:  # OSError: --out is not writable
+            args.model = make_base(args)
+        with locked(Path(args.out)):
+            train(args)
+    except (InputError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT
+                          else signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+def leave() -> None:
+    """End this process at once: gloo's threads may outlive its groups and abort a dying Python."""
+    if WORLD > 1:
+        sys.stdout.flush()
+        os._exit(0)
 
 if __name__ == "__main__":
     main()
