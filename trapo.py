@@ -429,9 +429,9 @@ def train(args: Settings) -> None:
             break
     finish(args, progress, bool(signals))
 
-# ==== The workshop. This was TRAPO; below is what it runs on, for those who want to look.
-
-# ==== Part 6. The sampler. train_step draws rollouts with it; `evaluate` and eval.py, responses.
+# ==== The workshop. This was TRAPO; below is what it runs on.
+#
+# ==== Part 6. The sampler: draws rollouts for train_step, and responses for `evaluate` and eval.py.
 #
 # Not model.generate, which takes top-k, top-p and a repetition penalty from the model's
 # generation_config: samples from another distribution would make the policy gradient biased.
@@ -465,12 +465,8 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], tempera
 
 def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: Tensor,
            temperature: float) -> tuple[list[Tokens], list[list[float]]]:
-    """One batch of `sample`: run the requests, then draw a token of every row in each step.
-
-    Finished rows leave the batch once they make up a quarter of it: a cut copies the whole cache.
-    """
-    cache, copies, logits, mask = prefill(policy, requests)
-    batch = Buffers(policy, cache, copies, mask, mask.sum(1, keepdim=True) - 1)
+    """One batch of `sample`: run the requests, then draw a token of every row in each step."""
+    logits, batch = prefill(policy, requests)
     ends = policy.generation_config.eos_token_id or ()
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
     rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
@@ -483,18 +479,19 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
                 alive[k] = token not in ends and len(completions[row]) < limits[row]
         if not any(alive):
             break
-        if batch.is_full() or sum(alive) <= 0.75 * len(alive):
+        # Finished rows leave once they are a quarter of the batch: a move copies the whole cache.
+        if batch.used == batch.mask.shape[1] or sum(alive) <= 0.75 * len(alive):
             kept = [k for k, lives in enumerate(alive) if lives]
-            batch = Buffers(policy, batch.cache, kept, batch.mask, batch.position)
+            batch = Buffers(policy, batch.cache, kept, batch.mask[:, :batch.used], batch.position)
             tokens, noise = tokens[kept], noise[kept]
             rows, alive = [rows[k] for k in kept], [True] * len(kept)
         logits = batch.step(tokens)
     return completions, logprobs
 
-def prefill(policy: nn.Module, requests: list[Tokens]) -> tuple:
-    """Run each distinct request through the policy, padded on the left: completions start level.
+def prefill(policy: nn.Module, requests: list[Tokens]) -> tuple[Tensor, "Buffers"]:
+    """Run each distinct request once: [B, V] logits, and buffers that hold the B requests' cache.
 
-    Returns: the cache; for each of the B requests its row there; [B, V] logits; [B, T] mask.
+    Padding is on the left: all completions start in the same column.
     """
     distinct = list(dict.fromkeys(map(tuple, requests)))
     row_of = {request: row for row, request in enumerate(distinct)}
@@ -506,64 +503,51 @@ def prefill(policy: nn.Module, requests: list[Tokens]) -> tuple:
     cache = transformers.DynamicCache(config=policy.config)
     logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, cache=cache,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
-    return cache, copies, logits[copies, -1], mask[copies]
+    return logits[copies, -1], Buffers(policy, cache, copies, mask, lengths[:, None] - 1)
+
+ROOM = 32  # tokens that new buffers can take in at least
+capture_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: memory is kept by stream
 
 class Buffers:
     """A batch's decode step on tensors of fixed size and place, as a CUDA graph needs them.
 
-    A step of a small model on a GPU is bound by the launches of its kernels, some 80 a layer: so it
-    is recorded once, and replayed with one launch. When rows leave, or the room is used up, the
-    kept rows move into new buffers.
+    When finished rows leave, or the room is used up, the kept rows move into new buffers.
     """
-    ROOM = 128  # tokens
-
     def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], mask: Tensor,
                  position: Tensor) -> None:
-        """Take the `kept` rows of a cache, whose memory is freed, of [B, T] mask, [B, 1] position."""
-        self.policy, self.used = policy, mask.shape[1]
-        self.cache = transformers.StaticCache(policy.config, max_cache_len=self.used + self.ROOM)
+        """Take in the `kept` rows of a cache, of [B, T] mask, and of [B, 1] position of the newest
+        token, and free the cache's memory layer by layer."""
+        self.policy, self.used, self.position = policy, mask.shape[1], position[kept]
+        room = max(ROOM, self.used // 2)  # few moves, and little room that stays empty
+        self.mask = nn.functional.pad(mask[kept], (0, room))                      # [B, T + room]
+        self.token = torch.zeros_like(self.position)
+        self.cache = transformers.StaticCache(policy.config, max_cache_len=self.used + room)
         for i, layer in enumerate(cache.layers):
             self.cache.update(layer.keys[kept, :, :self.used], layer.values[kept, :, :self.used], i)
             layer.keys = layer.values = None
-        self.mask_room = nn.functional.pad(mask[kept], (0, self.ROOM))
-        self.position = position[kept]  # of each row's newest token
-        self.token = torch.zeros_like(self.position)
-        self.run = self.forward
-        if self.token.is_cuda:
-            self.run = self.record()
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T]: which of the tokens so far are real."""
-        return self.mask_room[:, :self.used]
-
-    def is_full(self) -> bool:
-        """Is there no room for another token?"""
-        return self.used == self.mask_room.shape[1]
+        self.run = self.record() if policy.device.type == "cuda" else self.forward
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append [B] tokens; returns the [B, V] logits of the next ones."""
         self.token.copy_(tokens[:, None])
         self.position += 1
-        self.mask_room[:, self.used] = True
+        self.mask[:, self.used] = True
         self.used += 1
         return self.run()
 
     def forward(self) -> Tensor:
-        """[B, V] logits after self.token. A mask of four dimensions is taken as it is."""
-        return self.policy(input_ids=self.token, attention_mask=self.mask_room[:, None, None],
-                           position_ids=self.position, cache=self.cache, use_cache=True,
-                           ).logits[:, -1]
+        """[B, V] logits after self.token; a mask of four dimensions is taken as it is."""
+        return self.policy(input_ids=self.token, attention_mask=self.mask[:, None, None], use_cache=
+                           True, position_ids=self.position, cache=self.cache).logits[:, -1]
 
     def record(self) -> Callable[[], Tensor]:
-        """`forward` as a CUDA graph."""
+        """`forward` as a CUDA graph: one launch in place of some 80 a layer, which bound it."""
         filled = self.cache.layers[0].cumulative_length.clone()
-        stream = capture_stream()
+        stream, graph = capture_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a warm-up run, which capture demands, and which writes to
             self.forward()               # one place behind the prompt: taken back below
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             logits = self.forward()
         for layer in self.cache.layers:
@@ -573,11 +557,6 @@ class Buffers:
             graph.replay()
             return logits
         return replay
-
-@functools.cache
-def capture_stream() -> "torch.cuda.Stream":
-    """One side stream for all captures: torch caches memory by stream."""
-    return torch.cuda.Stream()
 
 def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
@@ -619,17 +598,15 @@ def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
             extremes = [[0.0], [1.0]] if m else [[]]
             for guided in {solution is not None and is_guided(x, micro_group) for x in extremes}:
                 prefix = expert_prefix(solution, micro_group.ratio) if guided else []
-                branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
                 if prefix != solution:
+                    branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
                     branches += [branch] * micro_group.size
     stock = defaultdict(list)
     drawn = generate(*map(list, zip(*branches))) if branches else []
-    for (request, limit), pair in zip(branches, drawn, strict=True):
-        stock[tuple(request), limit].append(pair)
-
-    def hand_out(requests: list[Tokens], limits: list[int]) -> list[Drawn]:
-        return [stock[tuple(request), limit].pop(0) for request, limit in zip(requests, limits)]
-    return hand_out
+    for (request, limit), completion in zip(branches, drawn, strict=True):
+        stock[tuple(request), limit].append(completion)
+    return lambda requests, limits: [stock[tuple(request), limit].pop(0)
+                                     for request, limit in zip(requests, limits)]
 
 # ==== Part 7. Models, data and reward: what `prepare` and eval.py load.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -645,15 +622,12 @@ def brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(doing: str, remedy: str) -> Iterator[None]:
-    """Turn whatever is raised while reading or writing into one InputError with a remedy.
-
-    The Hub, the network, the parsers and safetensors all raise errors of their own.
-    """
+    """Whatever is raised while reading or writing becomes one InputError with a remedy."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # the Hub, the network, parsers and safetensors: each has its own
         raise InputError(f"cannot {doing} ({brief(error.__cause__ or error)}): {remedy}") from error
 
 def load_policy(name: str) -> tuple[nn.Module, object]:
@@ -662,86 +636,79 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     From a local folder, a Hub id, or a bare Qwen name; InputError if it cannot be had or used.
     """
     path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
+    safe = {"trust_remote_code": False}
     with explained(f"load model '{name}' (tried a folder of that name and the Hub id {path})",
                    "give a local folder: --model path/to/model"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for key, value in list(vars(config).items()):  # log-probs must not differ between passes
+        config = transformers.AutoConfig.from_pretrained(path, **safe)
+        for key, value in list(vars(config).items()):  # dropout: log-probs would differ by pass
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
         policy, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=False,
-            output_loading_info=True)
-        if missing := sorted(report["missing_keys"]):
-            raise InputError(f"model '{name}' lacks weights ({', '.join(missing)[:100]}): they "
-                             "would be random; get the model once more")
+            path, config=config, dtype=torch.float32, output_loading_info=True, **safe)
+        if report["missing_keys"]:
+            raise ValueError(f"it lacks weights: {', '.join(sorted(report['missing_keys']))}")
         ends = end_tokens(policy, tokenizer)
-    # Fresh: sampling defaults, complete or not, are of no use here, and a contradiction among them
-    # would be refused only when the first checkpoint is saved.
+    # Fresh: sampling defaults are of no use here, and a contradiction among them would be refused
+    # only when the first checkpoint is saved.
     policy.generation_config = transformers.GenerationConfig(
         eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=config.bos_token_id)
-    check_policy(policy, tokenizer, name)
+    with explained(f"train model '{name}', a {type(policy).__name__}",
+                   "use a decoder with full attention and a plain output layer, such as Qwen2.5"):
+        check_policy(policy, tokenizer)
     return policy, tokenizer
 
 def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
-    """The ids that end a response.
+    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>).
 
-    Chat models have several (<|im_end|>, <|endoftext|>), and base models with a chat template stop
-    at what it prints after an assistant's turn, whether or not their config says so.
+    Base models stop at what their chat template prints after an assistant's turn, whether or not
+    their config says so. ValueError if there is no EOS token.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("its tokenizer has no EOS token, so no response could end: set eos_token "
-                         "in tokenizer_config.json")
+        raise ValueError("its tokenizer has no EOS token, so no response would end")
     ends = policy.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
-        chat = tokenizer.apply_chat_template(turns, tokenize=False)
-        after = tokenizer(chat.rpartition("<answer>")[2], add_special_tokens=False).input_ids
-        found |= set(after[:1]) & set(tokenizer.all_special_ids)
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<answer>")[2]
+        newest = tokenizer(after, add_special_tokens=False).input_ids[:1]
+        found |= set(newest) & set(tokenizer.all_special_ids)
     return sorted(found)
 
-def check_policy(policy: nn.Module, tokenizer, name: str) -> None:
-    """InputError unless token_logprobs and sample agree with the model's own logits.
-
-    They do without its output layer and its masks: a model that scales its logits, or whose
-    attention slides, would be trained on wrong probabilities without a word.
-    """
-    if not all(p.isfinite().all() for p in policy.parameters()):
-        raise InputError(f"model '{name}' has weights that are not finite: get it once more, or "
-                         "start from an older checkpoint")
-    if len(tokenizer) > (size := policy.get_input_embeddings().weight.shape[0]):
-        raise InputError(f"model '{name}' has {size} embeddings for a tokenizer of "
-                         f"{len(tokenizer)} tokens: they do not belong together")
-    remedy = "use a decoder with full attention and a plain output layer, such as Qwen2.5"
-    with explained(f"train model '{name}', a {type(policy).__name__}", remedy):
-        if getattr(policy.config, "sliding_window", None) or not agrees(policy):
-            raise ValueError("its attention slides, or its logits are capped or scaled")
-
 @torch.no_grad()
-def agrees(policy: nn.Module) -> bool:
-    """Do the log-probs of token_logprobs and of sample equal those of the model's own logits?"""
+def check_policy(policy: nn.Module, tokenizer) -> None:
+    """ValueError for a model whose log-probs token_logprobs or sample would get wrong.
+
+    They do without its output layer and its masks, so they are compared with its own logits.
+    """
+    def equal(ours: Tensor, expected: Tensor) -> bool:
+        return torch.allclose(ours, expected, atol=1e-3, rtol=1e-3)
+
+    if not all(p.isfinite().all() for p in policy.parameters()):
+        raise ValueError("it has weights that are not finite")
+    if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
+        raise ValueError(f"it has fewer embeddings than its tokenizer's {len(tokenizer)} tokens")
     ids = list(range(1, 17))
-    expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    logits = policy(input_ids=torch.tensor([ids])).logits[0, :-1]
     (ours,), _ = token_logprobs(policy, [ids], [1])
     (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
     (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
-    return (torch.allclose(ours, expected[range(15), ids[1:]], atol=1e-3, rtol=1e-3)
-            and torch.allclose(again, torch.tensor(drawn), atol=1e-3, rtol=1e-3))
+    if getattr(policy.config, "sliding_window", None) or not (
+            equal(ours, logits.log_softmax(-1)[range(15), ids[1:]])
+            and equal(again, torch.tensor(drawn))):
+        raise ValueError("its attention slides, or its logits are capped or scaled")
 
 def check_context(policy: nn.Module, tokens: int, device: str) -> None:
     """InputError if responses would run beyond what the model was made for (`tokens` in all)."""
-    config = policy.config
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
     if tokens > limit:
-        raise InputError(f"the model's context is {limit} tokens, prompt and response may have "
-                         f"{tokens}: lower --max-prompt and --max-response (eval.py: --max-tokens),"
-                         " or raise max_position_embeddings and rope_theta in its config.json")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        raise InputError(f"prompt and response may have {tokens} tokens, but the model's context is"
+                         f" {limit}: lower their limits, or see 'Long contexts' in the README")
+    rope = (getattr(policy.config, "rope_parameters", None) or {}).get("rope_type")
     if device == "cuda" and rope in ("dynamic", "longrope"):
-        raise InputError(f"RoPE of type '{rope}' changes with the length, which a CUDA graph cannot"
-                         ": use another model, or --device cpu")
+        raise InputError(f"RoPE of type '{rope}' changes with the length, and a CUDA graph cannot: "
+                         "use another model, or --device cpu")
 
 @dataclass
 class Task:
@@ -774,8 +741,8 @@ def load_rows(dataset: str, split: str = "train"):
     from datasets import disable_progress_bars, load_dataset
     disable_progress_bars()
     hub, config = HUB.get(dataset, (None, None))
-    with explained(f"read the Hub data set {hub}" if hub else f"read the file {dataset}",
-                   "give a local file of UTF-8 JSON lines or parquet, such as path/to/rows.jsonl"):
+    with explained(f"read the {'Hub data set' if hub else 'file'} {hub or dataset}",
+                   "give a local file of rows in UTF-8: .jsonl, .json or .parquet"):
         if hub:
             return load_dataset(hub, config, split=split)
         if not os.path.getsize(dataset):
@@ -802,12 +769,10 @@ def read_row(row: dict) -> tuple[object, list, object]:
         solutions = [] if solutions is None else [solutions]
     return problem, solutions, answer
 
-def as_text(value: object) -> str | None:
-    """A text or a number as text, nothing as "", and None for what was not meant as text."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+def as_text(value: str | int | float | None) -> str:
+    """A text, a number as text, nothing as ""; ValueError for what was not meant as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+        raise ValueError("neither text nor number")  # a list, True, NaN
     return "" if value is None else str(value).strip()
 
 def prompt_tokens(problem: str, tokenizer) -> Tokens:
@@ -816,34 +781,27 @@ def prompt_tokens(problem: str, tokenizer) -> Tokens:
     if not tokenizer.chat_template:
         ids = tokenizer(text + "\n\n").input_ids  # with the BOS, if the model is used to one
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    with explained("use the model's chat template", "mend chat_template in its tokenizer's files"):
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                         add_generation_prompt=True)
     return tokenizer(chat, add_special_tokens=False).input_ids
 
-def make_problem(row: dict, tokenizer, args: Settings, heldout: bool) -> Problem | str:
-    """A row's Problem, or why it is of no use. The solutions of held-out rows are ignored."""
-    try:
-        problem, solutions, answer = read_row(row)
-    except KeyError as error:
-        raise InputError(f"cannot use rows with columns {', '.join(row)} (no {error}): expected "
-                         "problem, answer (and solution), or GSM8K's or OpenR1's") from error
-    except (TypeError, IndexError, AttributeError):
-        return "of another form"
-    problem, answer = as_text(problem), as_text(answer)
+def make_problem(row: dict, tokenizer, args: Settings, heldout: bool) -> Problem:
+    """A row's Problem; ValueError says why it is of no use. Held-out rows need no solution."""
+    problem, solutions, answer = read_row(row)
     texts = [] if heldout else [as_text(solution) for solution in solutions]
-    if None in (problem, answer, *texts):
-        return "neither text nor number"
+    problem, answer = as_text(problem), as_text(answer)
     if not problem or not answer:
-        return "no problem or answer"
+        raise ValueError("no problem or answer")
     if texts and not any(texts):
-        return "empty solution"
+        raise ValueError("empty solution")
     prompt_ids = prompt_tokens(problem, tokenizer)
     if len(prompt_ids) > args.max_prompt:
-        return "prompt too long"
+        raise ValueError("prompt too long")
     encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts if text]
     short = [ids + [tokenizer.eos_token_id] for ids in encoded if len(ids) < args.max_response]
-    return "solution too long" if texts and not short else Problem(prompt_ids, short, answer)
+    if texts and not short:
+        raise ValueError("solution too long")
+    return Problem(prompt_ids, short, answer)
 
 def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
                   heldout: bool = False) -> list[Problem]:
@@ -852,38 +810,40 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     A row without a solution stays, and is never guided. Lengths are limited by args.max_prompt and
     args.max_response, in tokens.
     """
-    made = [make_problem(row, tokenizer, args, heldout) for row in rows]
-    dropped = Counter(why for why in made if isinstance(why, str))
-    problems = [problem for problem in made if isinstance(problem, Problem)]
-    counts = ", ".join(f"{count} {why}" for why, count in dropped.items())
-    say(f"{args.dataset}: {len(problems)} problems{', held out' * heldout}; "
-        f"dropped: {counts or 'none'}")
+    problems, dropped = [], Counter()
+    for row in rows:
+        try:
+            problems.append(make_problem(row, tokenizer, args, heldout))
+        except KeyError as error:
+            raise InputError(f"cannot use rows with columns {', '.join(row)} (no {error}): expected"
+                             " problem, answer (and solution), or GSM8K's or OpenR1's") from error
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            dropped[str(error) if type(error) is ValueError else "of another form"] += 1
+    counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
+    say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row ({counts or 'it is empty'}); see "
-                         "--max-prompt and --max-response, and the README on formats")
+        raise InputError(f"{args.dataset} has no usable row (dropped: {counts}); see --max-prompt "
+                         "and --max-response, and the README on formats")
     return problems
 
 def math_task(tokenizer, args: Settings) -> Task:
-    """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows.
-
-    By problem: what is held out is not trained on, though a file may hold it twice.
-    """
+    """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
     rows, size = load_rows(args.dataset), args.eval_size
+    cut = len(rows)
     if args.dataset == "gsm8k":
-        cut, test = len(rows), itertools.islice(load_rows("gsm8k", "test"), size)
+        test = itertools.islice(load_rows("gsm8k", "test"), size)
     else:
-        size = min(size, len(rows) // 10)
-        cut, test = len(rows) - size, itertools.islice(rows, len(rows) - size, None)
-    if args.eval_size and not size:
+        size = min(size, cut // 10)
+        cut -= size
+        test = itertools.islice(rows, cut, None)
+    if size < min(1, args.eval_size):
         say(f"{args.dataset} has fewer than 10 rows: none is held out, nothing is evaluated")
     heldout = make_problems(test, tokenizer, args, heldout=True) if size else []
-    asked = {tuple(problem.prompt_ids) for problem in heldout}
-    made = make_problems(itertools.islice(rows, cut), tokenizer, args)
-    train = [problem for problem in made if tuple(problem.prompt_ids) not in asked]
-    if len(train) < len(made):
-        say(f"{len(made) - len(train)} of them are held out as well, and are not trained on")
+    asked = {tuple(problem.prompt_ids) for problem in heldout}  # a file may hold a problem twice
+    train = [problem for problem in make_problems(itertools.islice(rows, cut), tokenizer, args)
+             if tuple(problem.prompt_ids) not in asked]
     if not train:
-        raise InputError(f"{args.dataset}: every problem is held out; --eval-size 0 holds out none")
+        raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
     if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
         raise InputError(f"--method {args.method} trains on solutions alone, and {args.dataset} has"
                          " none: give a file with a column 'solution'")
@@ -1006,10 +966,7 @@ class Progress:
     skipped: int = 0
 
 def prepare(args: Settings) -> tuple:
-    """All that stands before the first step: (policy, tokenizer, sampler, optimizer, task, progress).
-
-    From the newest checkpoint if the run is resumed, else from --model.
-    """
+    """All that stands before the first step: models, tokenizer, optimizer, task and progress."""
     policy, tokenizer, state = load_start(args)
     check_context(policy, args.max_prompt + args.max_response, args.device)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
@@ -1023,37 +980,33 @@ def prepare(args: Settings) -> tuple:
         full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
     progress = Progress(state.get("step", 0), state.get("skipped", 0) % 3)
     if progress.step > args.steps:
-        raise InputError(f"the run in {args.out} is at step {progress.step} already: give --steps "
-                         "beyond it")
+        raise InputError(f"the run in {args.out} is at step {progress.step}: give --steps beyond")
     return policy, tokenizer, sampler, optimizer, task, progress
 
 def load_start(args: Settings) -> tuple[nn.Module, object, dict]:
-    """(policy, tokenizer, trainer state) of the newest checkpoint that can be read, or a start."""
+    """(policy, tokenizer, trainer state) of the newest checkpoint that can be read, or of none."""
     saved = checkpoints(Path(args.out)) if args.resume else []
     for folder in reversed(saved):
         try:
-            policy, tokenizer = load_policy(str(folder))
             with explained(f"read {folder}/trainer.pt", "delete that checkpoint"):
-                return policy, tokenizer, torch.load(folder / "trainer.pt", map_location="cpu",
-                                                     weights_only=True, mmap=True)
+                state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True,
+                                   mmap=True)
+            return *load_policy(str(folder)), state
         except InputError as error:
             say(f"{folder} is damaged, trying the one before it: {error}")
     if saved:
         raise InputError(f"no checkpoint in {args.out} can be read: --overwrite the run")
-    if args.resume and args.dataset != "clock-corpus":
-        say(f"no checkpoint in {args.out}: from the beginning")
     return *(load_policy(args.model) if args.model else clock_model(args.seed)), {}
 
 def make_sampler(policy: nn.Module, args: Settings) -> nn.Module:
-    """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16.
-
-    One fp32 process on a CPU needs none. Parameters alone are cast: RoPE's buffers stay fp32.
-    """
+    """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16."""
     if args.device == "cpu" and WORLD == 1 and not args.bf16:
         return policy
     dtype = torch.bfloat16 if args.bf16 else torch.float32
+    # Parameters are cast one by one, so that there is never a second fp32 model, and no buffers:
+    # RoPE's must stay fp32.
     copies = {id(p): nn.Parameter(p.detach().to(args.device, dtype, copy=True), False)
-              for p in policy.parameters()}  # one by one, so that there is never a second fp32 model
+              for p in policy.parameters()}
     return copy.deepcopy(policy, copies).to(args.device)
 
 @torch.no_grad()
@@ -1078,7 +1031,7 @@ def shard(policy: nn.Module, args: Settings) -> None:
     fsdp.register_fsdp_forward_method(policy, "token_logprobs")
 
 def join_other_processes(logprobs_of: Callable, batches: int) -> None:
-    """Passes of weight 0, as many as others have micro-batches left: FSDP wants all to take part."""
+    """Passes of weight 0 while others have micro-batches left: FSDP wants all to take part."""
     for _ in range(max(gather(batches)) - batches):
         logprobs, _ = logprobs_of([[0, 0]], [1])
         (0 * logprobs[0].sum()).backward()
@@ -1086,9 +1039,8 @@ def join_other_processes(logprobs_of: Callable, batches: int) -> None:
 def batch_at(step: int, task: Task, args: Settings) -> list[Problem]:
     """The prompts of a step, whatever the number of processes; every problem once an epoch."""
     n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
-    if task.in_order:
-        return [task.train[i % n] for i in places]
-    order = {epoch: random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
+    order = {epoch: range(n) if task.in_order else
+             random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
              for epoch in {i // n for i in places}}
     return [task.train[order[i // n][i % n]] for i in places]
 
@@ -1115,28 +1067,24 @@ def catch_signals() -> list[float]:
         came.append(time.monotonic())
         if came[-1] > came[0] + 1:
             raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     return came
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a run's folder, which is made if need be, so that no other run writes into it."""
-    handle = None
+    """Make a run's folder and hold it, so that no other run writes into it."""
     if RANK == 0:
         with explained(f"write to {folder}", "give another --out"):
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            if not wait:
-                raise InputError(f"another run is writing to {folder}: give another --out") from None
-            say(f"waiting for another run that makes {folder}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            raise InputError(f"another run is writing to {folder}: give another --out") from None
     gather(0)  # the others wait here
     yield
-    if handle is not None:
+    if RANK == 0:
         os.close(handle)
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1151,11 +1099,11 @@ def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Sett
     """
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    if RANK:
-        return
     out = Path(args.out)
     final, temporary = out / f"checkpoint-{progress.step}", out / ".unfinished"
-    with explained(f"save to {out}", "free space there, then --resume; older checkpoints are kept"):
+    if RANK:
+        return
+    with explained(f"save to {out}", "free space there, then --resume from the older checkpoint"):
         shutil.rmtree(temporary, ignore_errors=True)
         policy.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
@@ -1164,7 +1112,7 @@ def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Sett
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, from before the resume
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, from before a resume
         os.replace(temporary, final)
         for older in checkpoints(out)[:-2]:
             shutil.rmtree(older)
@@ -1180,12 +1128,12 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
 
     Beside it stands settings.json. --overwrite removes what the old run left.
     """
-    out = Path(args.out)
     gather(0)  # nobody writes before everybody has read
     if RANK:
         return lambda metrics: None
-    path, kept, before = out / "metrics.jsonl", [], time.perf_counter()
-    with explained(f"write to {out}", "give another --out, or free space there"):
+    out, kept, last = Path(args.out), [], time.perf_counter()
+    path, remedy = out / "metrics.jsonl", "free space there, then --resume"
+    with explained(f"write to {out}", remedy):
         for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         if progress.step and path.exists():
@@ -1195,33 +1143,30 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
         write_whole(path, "".join(kept))
         settings = dataclasses.asdict(args) | {"resume": False, "overwrite": False}
         write_whole(out / "settings.json", json.dumps(settings, indent=1))
-        file = path.open("a", buffering=1)  # a line is on the disk once written
 
     def log(metrics: dict) -> None:
-        nonlocal before
-        now = time.perf_counter()
-        line = {"step": progress.step, **metrics, "updates_skipped_in_a_row": progress.skipped,
-                "seconds": now - before}
-        before = now
-        with explained(f"write to {path}", "free space there, then --resume"):
+        nonlocal last
+        before, last = last, time.perf_counter()
+        line = {"step": progress.step, **metrics, "seconds": last - before,
+                "updates_skipped_in_a_row": progress.skipped}
+        with explained(f"write to {path}", remedy), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
     return log
 
 def finish(args: Settings, progress: Progress, stopped: bool) -> None:
     """How a run ends: a complete one's model is copied into <out> itself, the weights last."""
-    out = Path(args.out)
+    out, again = Path(args.out), f"python trapo.py --resume --out {args.out}"
     if progress.skipped == 3:
-        say(f"stopped after step {progress.step}: three updates in a row were not finite; the saved"
-            f" weights are those before them: python trapo.py --resume --out {out} --lr <lower>")
+        say("three updates in a row were not finite; the weights from before them are saved: "
+            f"{again} --lr <lower>")
         raise SystemExit(1)
     if progress.step < args.steps:
-        say(f"stopped after step {progress.step}: " + (
-            "the same command goes on" if args.dataset == "clock-corpus" else
-            f"go on with python trapo.py --resume --out {out}"))
+        again = "the same command" if args.dataset == "clock-corpus" else again
+        say(f"stopped after step {progress.step}; to go on: {again}")
         raise SystemExit(130)
     if RANK == 0:
+        files = [file for file in checkpoints(out)[-1].iterdir() if file.name != "trainer.pt"]
         with explained(f"write to {out}", "free space there, then --resume"):
-            files = [file for file in checkpoints(out)[-1].iterdir() if file.name != "trainer.pt"]
             for file in sorted(files, key=lambda file: "safetensors" in file.name):
                 shutil.copy(file, out / ".copy")
                 os.replace(out / ".copy", out / file.name)
@@ -1273,7 +1218,7 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "tokens_trained": sum(len(r.logprobs) for r in trained),
         "rollouts_skipped": len(rollouts) - len(trained),
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
-        **{name: x for name, x in spent.items() if name.startswith("seconds")}}
+        **{name: value for name, value in spent.items() if name.startswith("seconds")}}
 
 def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dict[str, float]:
     """Share of held-out problems solved, by one response each, sampled as in training and greedy.
@@ -1282,14 +1227,12 @@ def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dic
     """
     found = {}
     for name, problems in list(task.heldout.items())[:None if whole else 1]:
-        random_numbers = torch.Generator().manual_seed(args.seed)
-        noise = torch.rand(len(problems), args.max_response, dtype=torch.float64,
-                           generator=random_numbers)[RANK::WORLD]
-        mine = problems[RANK::WORLD]
+        mine, numbers = problems[RANK::WORLD], torch.Generator().manual_seed(args.seed)
+        noise = torch.rand(len(problems), args.max_response, dtype=torch.float64, generator=numbers)
         for temperature in (args.temperature, 0.0) if whole else (args.temperature,):
             responses, _ = sample(sampler, [p.prompt_ids for p in mine],
-                                  [args.max_response] * len(mine), temperature, noise=noise,
-                                  kv_tokens=args.kv_tokens)
+                                  [args.max_response] * len(mine), temperature,
+                                  noise=noise[RANK::WORLD], kv_tokens=args.kv_tokens)
             right = sum(gather(sum(map(task.reward, mine, responses))))
             found[name if temperature else f"{name}, greedy"] = right / len(problems)
     return found
@@ -1297,14 +1240,14 @@ def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dic
 def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
     """Print a prompt's group of rollouts, the expert's prefix set apart: the method at work."""
     left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    for group in groups[:1]:
+    for group in groups[:1]:  # a process may have none
         say("prompt: " + tokenizer.decode(group[0].prompt))
         for m, micro_group in enumerate(args.schedule):
             drawn = [r for r in group if r.micro_group == m]
-            returns = [r.reward for r in group if r.micro_group < m]
+            so_far = mean(r.reward for r in group if r.micro_group < m)
             helped = f"{micro_group.ratio:.0%} of the solution" if drawn[0].prefix else "no help"
-            why = f"mean return {sum(returns) / len(returns):.2f}, " if returns else ""
-            say(f"  micro-group {m + 1}: {why}{helped}")
+            say(f"  micro-group {m + 1}: {helped}"
+                + ("" if so_far is None else f", as the mean return so far is {so_far:.2f}"))
             for r in drawn:
                 prefix = f"{left}{tokenizer.decode(r.prefix)}{right} " if r.prefix else ""
                 say(f"    reward {r.reward:.0f}, advantage {r.advantage:+.2f}:  {prefix}"
@@ -1312,13 +1255,13 @@ def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
 
 def print_table(out: Path) -> None:
     """Held-out accuracy before and after training, from metrics.jsonl."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     before, after = (line.get("eval", {}) for line in (lines[:1] + lines[-1:] or [{}, {}]))
     for name in before:
         say(f"{name:30} before {before[name]:.3f}   after {after.get(name, math.nan):.3f}")
     say(f"model and metrics are in {out}")
 
-# ==== Part 11. The command line. Defaults < presets < the resumed run's settings < what is typed.
+# ==== Part 11. The command line: typed > the resumed run's settings > presets > defaults.
 CLOCK = {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32, "max_response": 56,
          "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
 CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 2500, "warmup": 20, "decay": True,
@@ -1327,12 +1270,8 @@ CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
 MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "bf16", "micro_tokens",
               "kv_tokens", "speculate", "recompute", "out", "lr", "resume")
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
-RANGES = {  # what is allowed, bounds included; a list's values one by one
-    "sizes": (1, 1e9), "ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1),
-    "max_prompt": (1, 1e9), "max_response": (1, 1e9), "steps": (1, 1e9), "base_steps": (1, 1e9),
-    "prompts": (1, 1e9), "lr": (1e-12, 1e12), "warmup": (0, 1e9), "max_grad_norm": (1e-12, 1e12),
-    "temperature": (1e-6, 1e6), "micro_tokens": (1, 1e9), "kv_tokens": (1, 1e12),
-    "seed": (0, 2**63 - 1), "eval_every": (1, 1e9), "eval_size": (0, 1e9), "save_every": (1, 1e9)}
+RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9),
+          "seed": (0, 2**63 - 1), "eval_size": (0, 1e9)}  # other numbers are above zero
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
@@ -1347,22 +1286,20 @@ def make_parser() -> Parser:
         if not f.metadata:
             continue
         if f.metadata["group"]:
-            flags = parser.add_argument_group(f.metadata["group"])
+            group = parser.add_argument_group(f.metadata["group"])
         default, kind = f.default_factory(), (typing.get_args(f.type) or [f.type])[0]
-        text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
-        if isinstance(default, list):
-            text = f.metadata["help"] + f" (default: {' '.join(map(str, default))})"
-        name = "--" + f.name.replace("_", "-")
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        options = {"help": f.metadata["help"] + f" ({shown})" * (default not in (None, False))}
         if kind is bool:
-            action = "store_true" if default is False else argparse.BooleanOptionalAction
-            flags.add_argument(name, action=action, default=None, help=text)
+            options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         else:
-            flags.add_argument(name, type=kind, nargs="+" if isinstance(default, list) else None,
-                               choices=CHOICES.get(f.name), help=text)
+            options |= {"type": kind, "choices": CHOICES.get(f.name), "metavar": kind.__name__,
+                        "nargs": "+" if isinstance(default, list) else None}
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, **options)
     return parser
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    """The command line's Settings; InputError for what cannot be used, before anything is loaded."""
+    """The command line's Settings; InputError for what cannot be used, with nothing loaded yet."""
     parsed = vars(make_parser().parse_args(argv))
     typed = {name: value for name, value in parsed.items() if value is not None}
     args = fill_in(typed)
@@ -1381,24 +1318,19 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 
 def fill_in(known: dict) -> Settings:
     """Settings of what is known, and of presets and defaults for the rest."""
-    with explained("use the settings", "delete the run's settings.json, or give another --out"):
+    with explained("use the settings of the run", "give another --out"):
         args = Settings(**known)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
+    args.device = "cuda" if cuda else "cpu"
     if args.dataset is None:
         embedded = not args.model or read_settings(args.model).get("dataset") in CLOCKS
         args.dataset = "clock" if embedded else "gsm8k"
     preset = CLOCKS.get(args.dataset, {})
     method = known.get("method") or preset.get("method", "trapo")
-    for name, value in (preset | METHODS[method] | {"method": method}).items():
-        if name not in known:
-            setattr(args, name, value)
-    if args.bf16 is None:
-        args.bf16 = args.device == "cuda"
-    if args.speculate is None:
-        args.speculate = args.device == "cuda"
     name = Path(args.model).name if args.model else args.dataset
-    args.out = args.out or f"runs/{name}-{method}-seed{args.seed}"
-    return args
+    preset = {"bf16": cuda, "speculate": cuda, "out": f"runs/{name}-{method}-seed{args.seed}",
+              **preset, **METHODS[method], "method": method}
+    return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
 def read_settings(folder: str) -> dict:
     """The settings of the run in this folder, or around this checkpoint; {} if there is none."""
@@ -1409,12 +1341,13 @@ def read_settings(folder: str) -> dict:
 
 def check_values(args: Settings) -> None:
     """InputError for a number out of its range, or lists that do not fit together."""
-    for name, (low, high) in RANGES.items():
-        values = getattr(args, name)
+    for f in dataclasses.fields(Settings):
+        values = getattr(args, f.name)
+        low, high = RANGES.get(f.name, (1 if f.type in (int, list[int]) else 1e-12, 1e12))
         for value in values if isinstance(values, list) else [values]:
-            if not low <= value <= high:  # NaN as well
-                raise InputError(f"--{name.replace('_', '-')}: {value} is not in "
-                                 f"[{low:g}, {high:g}]")
+            if f.metadata and type(value) in (int, float) and not low <= value <= high:  # or NaN
+                raise InputError(f"--{f.name.replace('_', '-')}: {value} is not in [{low:g}, "
+                                 f"{high:g}]")
     if not len(args.sizes) == len(args.ratios) == len(args.thresholds):
         raise InputError("--sizes, --ratios and --thresholds need equally many values")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -1422,22 +1355,15 @@ def check_values(args: Settings) -> None:
 
 def check_files(args: Settings) -> None:
     """InputError for a data set that is not there, or a folder that must not be written to."""
-    out, data = Path(args.out), Path(args.dataset)
-    known = ", ".join(HUB)
-    if args.dataset in CLOCKS:
-        pass
-    elif not args.model:
+    out, data = Path(args.out), args.dataset
+    if data not in CLOCKS and not args.model:
         raise InputError(f"--dataset {data} needs a --model")
-    elif args.dataset not in HUB and not (data.suffix in KINDS and data.is_file()):
-        raise InputError(f"no data set '{data}': give one of {known}, or the path of an existing "
-                         ".jsonl, .json or .parquet file")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a folder")
-    if args.model and out.resolve() in (Path(args.model).resolve(),
-                                        *Path(args.model).resolve().parents):
-        if not args.resume:
-            raise InputError(f"--model {args.model} lies in --out {out}, which would be "
-                             "overwritten: give another --out")
+    if data not in {**HUB, **CLOCKS} and not (Path(data).suffix in KINDS and os.path.isfile(data)):
+        raise InputError(f"no data set '{data}': give one of {', '.join(HUB)}, or the path of an "
+                         "existing .jsonl, .json or .parquet file")
+    inside = args.model and Path(args.model).resolve().is_relative_to(out.resolve())
+    if inside and not args.resume:
+        raise InputError(f"--model {args.model} lies in --out {out}: give another --out")
     run, model = (out / "settings.json").exists(), (out / "config.json").exists()
     if model and not run:
         raise InputError(f"{out} holds a model that is no run of this program: give another --out")
@@ -1463,12 +1389,13 @@ def main(argv: list[str] | None = None) -> None:
     """Train; the embedded experiment first pretrains its base, unless that was done before."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, without network
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         args = parse_args(argv)
         if WORLD > 1:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # Some wait while rank 0 writes a checkpoint, for longer than NCCL's ten minutes.
+            # Others wait while rank 0 writes a checkpoint, for longer than NCCL's ten minutes.
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
                                     timeout=timedelta(days=1))
         if args.dataset in CLOCKS:
@@ -1479,11 +1406,10 @@ def main(argv: list[str] | None = None) -> None:
             train(args)
     except (InputError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
+        raise SystemExit(2 if isinstance(error, InputError) else 130) from None
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT
-                          else signal.SIG_DFL)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
