@@ -416,14 +416,14 @@ def train(args: Settings) -> None:
     signals = catch_signals()
     for step in tqdm(range(progress.step, args.steps), disable=RANK > 0):
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
-        progress.step = step + 1
+        progress.step, last = step + 1, step + 1 == args.steps
         progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
-        if task.heldout and is_due(args.eval_every, progress, args):
-            metrics["eval"] = evaluate(sampler, task, args, whole=progress.step == args.steps)
+        if task.heldout and (last or progress.step % args.eval_every == 0):
+            metrics["eval"] = evaluate(sampler, task, args, whole=last)
             show_group(groups, tokenizer, args)
         log(metrics)
         stop = any(gather(bool(signals) or progress.skipped == 3))
-        if stop or is_due(args.save_every, progress, args):
+        if stop or last or progress.step % args.save_every == 0:
             save(policy, tokenizer, optimizer, progress, args)
         if stop:
             break
@@ -672,8 +672,8 @@ def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<answer>")[2]
-        newest = tokenizer(after, add_special_tokens=False).input_ids[:1]
-        found |= set(newest) & set(tokenizer.all_special_ids)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        found |= special & set(tokenizer(after, add_special_tokens=False).input_ids[:1])
     return sorted(found)
 
 @torch.no_grad()
@@ -682,22 +682,20 @@ def check_policy(policy: nn.Module, tokenizer) -> None:
 
     They do without its output layer and its masks, so they are compared with its own logits.
     """
-    def equal(ours: Tensor, expected: Tensor) -> bool:
-        return torch.allclose(ours, expected, atol=1e-3, rtol=1e-3)
-
     if not all(p.isfinite().all() for p in policy.parameters()):
         raise ValueError("it has weights that are not finite")
     if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
         raise ValueError(f"it has fewer embeddings than its tokenizer's {len(tokenizer)} tokens")
+    if getattr(policy.config, "sliding_window", None):
+        raise ValueError("its attention slides")
     ids = list(range(1, 17))
-    logits = policy(input_ids=torch.tensor([ids])).logits[0, :-1]
+    expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     (ours,), _ = token_logprobs(policy, [ids], [1])
     (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
     (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
-    if getattr(policy.config, "sliding_window", None) or not (
-            equal(ours, logits.log_softmax(-1)[range(15), ids[1:]])
-            and equal(again, torch.tensor(drawn))):
-        raise ValueError("its attention slides, or its logits are capped or scaled")
+    for a, b in ((ours, expected[range(15), ids[1:]]), (again, torch.tensor(drawn))):
+        if not torch.allclose(a, b, atol=1e-3, rtol=1e-3):
+            raise ValueError("its logits are capped or scaled")
 
 def check_context(policy: nn.Module, tokens: int, device: str) -> None:
     """InputError if responses would run beyond what the model was made for (`tokens` in all)."""
@@ -747,7 +745,9 @@ def load_rows(dataset: str, split: str = "train"):
             return load_dataset(hub, config, split=split)
         if not os.path.getsize(dataset):
             raise ValueError("it is empty")
-        return load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
+        rows = load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
+        rows[:]  # text in another encoding is noticed only when it is used
+        return rows
 
 def read_row(row: dict) -> tuple[object, list, object]:
     """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
@@ -884,7 +884,7 @@ def clock_model(seed: int) -> tuple[nn.Module, object]:
     policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(CLOCK_WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
-        initializer_range=0.1, attention_bias=True, tie_word_embeddings=False, eos_token_id=1,
+        initializer_range=0.1, attention_bias=True, tie_word_embeddings=False, eos_token_id=[1],
         pad_token_id=0))
     return policy, transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
@@ -973,7 +973,7 @@ def prepare(args: Settings) -> tuple:
     sampler = make_sampler(policy, args)  # before sharding: it is whole
     policy.train()
     if args.recompute:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     shard(policy, args) if WORLD > 1 else policy.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas), weight_decay=0.0)
     if state:
@@ -1052,10 +1052,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Setting
     for group in optimizer.param_groups:
         group["lr"] = args.lr * factor
 
-def is_due(every: int, progress: Progress, args: Settings) -> bool:
-    """Every so many steps, and at the end."""
-    return progress.step % every == 0 or progress.step == args.steps
-
 def catch_signals() -> list[float]:
     """A list that fills when Ctrl-C or SIGTERM comes; a second one ends the program at once.
 
@@ -1083,9 +1079,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"another run is writing to {folder}: give another --out") from None
     gather(0)  # the others wait here
-    yield
-    if RANK == 0:
-        os.close(handle)
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            os.close(handle)
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
@@ -1400,9 +1398,9 @@ def main(argv: list[str] | None = None) -> None:
                                     timeout=timedelta(days=1))
         if args.dataset in CLOCKS:
             torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
-        if not args.model and args.dataset == "clock":
-            args.model = make_base(args)
         with locked(Path(args.out)):
+            if not args.model and args.dataset == "clock":
+                args.model = make_base(args)
             train(args)
     except (InputError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
