@@ -31,7 +31,7 @@ The workshop: 6 the sampler, 7 models, data and reward, 8 the clock world, 9 pro
 checkpoints, 10 metrics, evaluation and printing, 11 the command line.
 """
 import argparse, contextlib, copy, dataclasses, fcntl, functools  # noqa: E401
-import itertools, json, logging, math, os, random, re, resource, shutil  # noqa: E401
+import json, logging, math, os, random, re, resource, shutil  # noqa: E401
 import signal, sys, threading, time, typing  # noqa: E401
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -61,7 +61,8 @@ def gather(value: object) -> list:
 # ==== Settings. A preset goes over these defaults, and a flag of the command line over a preset.
 def setting(default: object, help: str, group: str | None = None) -> typing.Any:
     """A field of Settings that is a flag of the command line; `group` opens a group of flags."""
-    return field(default_factory=lambda: default, metadata={"help": help, "group": group})
+    metadata = {"help": help, "group": group}
+    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 @dataclass
 class Settings:
@@ -745,9 +746,7 @@ def load_rows(dataset: str, split: str = "train"):
             return load_dataset(hub, config, split=split)
         if not os.path.getsize(dataset):
             raise ValueError("it is empty")
-        rows = load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
-        rows[:]  # text in another encoding is noticed only when it is used
-        return rows
+        return load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
 
 def read_row(row: dict) -> tuple[object, list, object]:
     """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
@@ -811,36 +810,35 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     args.max_response, in tokens.
     """
     problems, dropped = [], Counter()
-    for row in rows:
-        try:
-            problems.append(make_problem(row, tokenizer, args, heldout))
-        except KeyError as error:
-            raise InputError(f"cannot use rows with columns {', '.join(row)} (no {error}): expected"
-                             " problem, answer (and solution), or GSM8K's or OpenR1's") from error
-        except (ValueError, TypeError, IndexError, AttributeError) as error:
-            dropped[str(error) if type(error) is ValueError else "of another form"] += 1
+    with explained(f"use the rows of {args.dataset}", "give UTF-8, and a sound chat template"):
+        for row in rows:
+            try:
+                problems.append(make_problem(row, tokenizer, args, heldout))
+            except ValueError as error:
+                dropped[str(error)] += 1
+            except (LookupError, TypeError, AttributeError) as error:  # no such column or message
+                dropped[f"of another form ({brief(error)})"] += 1
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row (dropped: {counts}); see --max-prompt "
-                         "and --max-response, and the README on formats")
+        raise InputError(f"{args.dataset} has no usable row (dropped: {counts}): expected columns "
+                         "problem, answer (and solution), or GSM8K's, or OpenR1's, in its limits")
     return problems
 
 def math_task(tokenizer, args: Settings) -> Task:
     """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
-    rows, size = load_rows(args.dataset), args.eval_size
-    cut = len(rows)
+    rows = load_rows(args.dataset)
     if args.dataset == "gsm8k":
-        test = itertools.islice(load_rows("gsm8k", "test"), size)
+        test = load_rows("gsm8k", "test")
+        test = test.take(min(args.eval_size, len(test)))
     else:
-        size = min(size, cut // 10)
-        cut -= size
-        test = itertools.islice(rows, cut, None)
-    if size < min(1, args.eval_size):
+        size = min(args.eval_size, len(rows) // 10)
+        test, rows = rows.skip(len(rows) - size), rows.take(len(rows) - size)
+    if len(test) < min(1, args.eval_size):
         say(f"{args.dataset} has fewer than 10 rows: none is held out, nothing is evaluated")
-    heldout = make_problems(test, tokenizer, args, heldout=True) if size else []
+    heldout = make_problems(test, tokenizer, args, heldout=True) if len(test) else []
     asked = {tuple(problem.prompt_ids) for problem in heldout}  # a file may hold a problem twice
-    train = [problem for problem in make_problems(itertools.islice(rows, cut), tokenizer, args)
+    train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
     if not train:
         raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
@@ -1070,20 +1068,18 @@ def catch_signals() -> list[float]:
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make a run's folder and hold it, so that no other run writes into it."""
-    if RANK == 0:
-        with explained(f"write to {folder}", "give another --out"):
-            folder.mkdir(parents=True, exist_ok=True)
+    with explained(f"write to {folder}", "give another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise InputError(f"another run is writing to {folder}: give another --out") from None
-    gather(0)  # the others wait here
     try:
-        yield
-    finally:
         if RANK == 0:
-            os.close(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        gather(0)  # the others wait here
+        yield
+    except BlockingIOError:
+        raise InputError(f"another run is writing to {folder}: give another --out") from None
+    finally:
+        os.close(handle)
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
