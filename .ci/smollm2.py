@@ -61,10 +61,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--gsm8k", nargs=2, metavar=("TRAIN", "TEST"), help="local .jsonl files")
+    parser.add_argument("--model-only", action="store_true", help="leave GSM8K alone")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     convert(find_gguf(), args.out / "model")
-    for i, split in enumerate(("train", "test")):
+    for i, split in enumerate(() if args.model_only else ("train", "test")):
         if args.gsm8k:
             rows = map(json.loads, Path(args.gsm8k[i]).read_text().splitlines())
         else:
