@@ -346,6 +346,7 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Setti
     # processes: hence the divisor is the mean of theirs.
     logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     divisor = sum(gather(len(rollouts))) / WORLD * args.max_response
+    only_others = max(gather(len(batches))) - len(batches)
     total = 0.0
     for indices in batches:
         batch = [active[i] for i in indices]
@@ -360,7 +361,7 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Setti
             loss = loss + policy_gradient_loss(completion, r.advantage).sum()
         (loss / divisor).backward()
         total += loss.item() / divisor
-    join_other_processes(logprobs_of, len(batches))
+    join_other_processes(logprobs_of, only_others)
     return total
 
 # ==== Part 5. One step, and the loop.
@@ -1033,8 +1034,8 @@ def shard(policy: nn.Module, args: Settings) -> None:
     fsdp.register_fsdp_forward_method(policy, "token_logprobs")
 
 def join_other_processes(logprobs_of: Callable, batches: int) -> None:
-    """Passes of weight 0 while others have micro-batches left: FSDP wants all to take part."""
-    for _ in range(max(gather(batches)) - batches):
+    """Passes of weight 0, for micro-batches that only others have: FSDP wants all to take part."""
+    for _ in range(batches):
         logprobs, _ = logprobs_of([[0, 0]], [1])
         (0 * logprobs[0].sum()).backward()
 
