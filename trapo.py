@@ -1302,6 +1302,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parsed = vars(make_parser().parse_args(argv))
     typed = {name: value for name, value in parsed.items() if value is not None}
     args = fill_in(typed)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
     if args.resume:
         before = read_settings(args.out)
         if not before:
@@ -1341,10 +1343,11 @@ def read_settings(folder: str) -> dict:
 def check_values(args: Settings) -> None:
     """InputError for a number out of its range, or lists that do not fit together."""
     for f in dataclasses.fields(Settings):
-        values = getattr(args, f.name)
-        low, high = RANGES.get(f.name, (1 if f.type in (int, list[int]) else 1e-12, 1e12))
-        for value in values if isinstance(values, list) else [values]:
-            if f.metadata and type(value) in (int, float) and not low <= value <= high:  # or NaN
+        kind, values = (typing.get_args(f.type) or [f.type])[0], getattr(args, f.name)
+        low, high = RANGES.get(f.name, (1 if kind is int else 1e-12, 1e12))
+        for value in values if isinstance(values, list | tuple) else [values]:
+            number = isinstance(value, int | float)
+            if kind in (int, float) and not (number and low <= value <= high):  # NaN neither
                 raise InputError(f"--{f.name.replace('_', '-')}: {value} is not in [{low:g}, "
                                  f"{high:g}]")
     if not len(args.sizes) == len(args.ratios) == len(args.thresholds):
@@ -1366,8 +1369,6 @@ def check_files(args: Settings) -> None:
     run, model = (out / "settings.json").exists(), (out / "config.json").exists()
     if model and not run:
         raise InputError(f"{out} holds a model that is no run of this program: give another --out")
-    if args.resume and args.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
     if args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out):
         raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
     if run and not (args.resume or args.overwrite):
