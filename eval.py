@@ -8,59 +8,55 @@ The sampler, the reward, the update and the loading of models and rows are trapo
 is the share of right answers among k samples of every problem; pass@k the chance that at least one
 of k samples is right.
 """
-import hashlib, json, math, os, random, resource, statistics, sys, time  # noqa: E401
+import functools, hashlib, json, math, os, random, statistics, sys, time  # noqa: E401
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import mpmath
 import numpy
 import pandas
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import trapo
-from trapo import (RANK, WORLD, InputError, Parser, Problem, Tokens, brief, load_policy,
-                   make_sampler, sample)
+from trapo import (RANK, WORLD, InputError, Parser, Problem, Settings, Tokens, explained,
+                   load_policy, make_sampler, sample)
 
 # ==== Part 1. Statistics. An accuracy without its interval is half a result: on the 30 problems of
 # AIME two models 10 points apart may well be equally good.
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold one of the c right ones.
 
-    The unbiased estimator of pass@k (Chen et al. 2021), in exact integers. ValueError unless
-    0 <= c <= n and 1 <= k <= n.
+    The unbiased estimator of pass@k (Chen et al. 2021), in exact integers.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def bootstrap_interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean of [n] values, one a problem, by resampling the problems.
-
-    Not the samples: those of one problem are alike. Of equal values (none right, say) it has no
-    width: the bootstrap cannot imagine what it has not seen.
-    """
+    """95 % interval of the mean of [n] values, one a problem: samples of one problem are alike."""
     rng = numpy.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(4000)]
     return tuple(numpy.percentile(means, (2.5, 97.5)).tolist())
 
+@functools.cache
 def t_quantile(df: int) -> float:
     """The 97.5 % quantile of Student's t with df >= 1 degrees of freedom: 12.71, 4.30, 3.18..."""
-    def outside(t: float) -> float:  # P(|T| > t)
-        return mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True)
-    return float(mpmath.findroot(lambda t: outside(t) - 0.05, (1.9, 13), solver="ridder"))
+    angle = numpy.linspace(0, math.pi / 2, 1_000_001)  # a grid over t = sqrt(df) tan(angle)
+    density = numpy.cos(angle) ** (df - 1)
+    share = (density[1:] + density[:-1]).cumsum()      # of |T| up to each angle, by trapezoids
+    return math.sqrt(df) * math.tan(numpy.interp(0.95, share / share[-1], angle[1:]))
 
 def mean_interval(values: pandas.Series) -> str:
-    """"mean ± half of Student's 95 % interval"; of one value "mean", of none "-"."""
+    """"mean ± half of Student's 95 % interval", "of n" if some are missing; of none "-"."""
     n, mean = values.count(), values.mean()
-    return (f"{mean:.3f} ± {t_quantile(n - 1) * values.sem():.3f}" if n > 1 else
-            f"{mean:.3f}" if n else "-")
+    half = f" ± {t_quantile(n - 1) * values.sem():.3f}" if n > 1 else ""
+    return f"{mean:.3f}{half}" + (f" of {n}" if n < len(values) else "") if n else "-"
 
 # ==== Part 2. Benchmarks, and how often the paper's protocol samples each problem.
 BENCHMARKS = {  # Hub data set, configuration, split, samples a problem, authors' file if in Table 1
@@ -76,36 +72,33 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     """The problems of a Hub benchmark or of a file, each as often as it is to be sampled.
 
     Identical rows are one problem, by default sampled as often as it stands there: the authors'
-    files hold each problem of AIME and AMC 32 times. InputError if there are none with answers.
+    files hold each problem of AIME and AMC 32 times.
     """
     from datasets import load_dataset
     hub, config, split, samples, _ = BENCHMARKS.get(name, [None] * 5)
-    try:
+    if not (hub or Path(name).suffix in trapo.KINDS and Path(name).is_file()):
+        raise InputError(f"no benchmark '{name}': --on takes some of {', '.join(BENCHMARKS)}, or "
+                         "existing .jsonl, .json or .parquet files")
+    with explained(f"read the Hub data set {hub}", "give its rows as a file: --on rows.jsonl"):
         rows = load_dataset(hub, config, split=split) if hub else trapo.load_rows(name)
-    except Exception as error:  # the Hub, the network and the parsers all raise their own
-        raise InputError(f"cannot read {hub or name} ({brief(error)}): --on takes some of "
-                         f"{', '.join(BENCHMARKS)}, or files") from error
-    answered = ({**row, "answer": ", ".join(row["final_answer"])}  # as OlympiadBench lists them
+    answered = ({**row, "answer": ", ".join(map(str, row["final_answer"]))}  # as OlympiadBench's
                 if isinstance(row.get("final_answer"), list) else row for row in rows)
-    problems = trapo.make_problems(answered, tokenizer, Namespace(
-        dataset=name, max_prompt=math.inf, max_response=math.inf), heldout=True)
+    problems = trapo.make_problems(answered, tokenizer, Settings(
+        dataset=name, max_prompt=math.inf), heldout=True)
     distinct = list({(tuple(p.prompt_ids), p.answer): p for p in problems}.values())
     protocol = samples or len(problems) // len(distinct)
     k = args.samples or (protocol if args.temperature else 1)  # greedy samples are all the same
     return [p for p in distinct[:args.limit or None] for _ in range(k)]
 
 def load_benchmarks(args: Namespace, tokenizer, run: dict) -> tuple[dict, Callable]:
-    """What --on names; for the embedded experiment's model (settings: run) its held-out sets.
-
-    Returns: name -> problems; (problem, ids, text) -> (reward, why the response is unreadable).
-    """
-    if run.get("dataset") in trapo.CLOCKS:
+    """{name: problems}, and (problem, ids, text) -> (reward, why the response is unreadable)."""
+    if run.get("dataset") in trapo.CLOCKS:  # the embedded experiment's: its own held-out sets
         if args.on:
             raise InputError("the embedded experiment's model knows only its clock: leave --on out")
-        task = trapo.clock_task(tokenizer, Namespace(dataset="clock", seed=run["seed"],
-                                                     eval_size=args.limit or 256))
+        task = trapo.clock_task(tokenizer, Settings(dataset="clock", seed=run["seed"],
+                                                    eval_size=args.limit or 256))
         return ({f"clock: {name}": problems * (args.samples or 1) for name, problems in
-                 task.heldout.items()}, lambda problem, ids, text: (task.score(problem, ids), ""))
+                 task.heldout.items()}, lambda problem, ids, text: (task.reward(problem, ids), ""))
     found = {Path(name).stem: load_benchmark(name, tokenizer, args) for name in args.on}
     if len(found) < max(1, len(args.on)):
         raise InputError(f"give each benchmark once: --on some of {', '.join(BENCHMARKS)} or files")
@@ -114,6 +107,9 @@ def load_benchmarks(args: Namespace, tokenizer, run: dict) -> tuple[dict, Callab
 # ==== Part 3. Sampling and grading. Samples are drawn in chunks. A chunk's random numbers depend on
 # its place alone, and it is saved in a file of its own, whole or not at all: so neither an
 # interruption nor the number of processes changes what is drawn.
+SAMPLE = {"benchmark": str, "number": int, "of": int, "answer": str, "prompt": str, "response": str,
+          "correct": float, "note": str, "tokens": int, "truncated": bool}
+
 def run_benchmark(name: str, problems: list[Problem], saved: list[dict], out: Path,
                   sampler: torch.nn.Module, tokenizer, grade: Callable, args: Namespace) -> None:
     """Draw, grade and save a sample of each of `problems`: this process's chunks, unless saved."""
@@ -122,35 +118,40 @@ def run_benchmark(name: str, problems: list[Problem], saved: list[dict], out: Pa
     saved = [r for r in saved if r["benchmark"] == name]
     if any(r["of"] != len(asked) or not asked[r["number"]].items() <= r.items() for r in saved):
         raise InputError(f"{out} holds samples of other problems called {name}: give another --out")
-    done, right = {r["number"] for r in saved}, [r["correct"] for r in saved]
+    done, ends = {r["number"] for r in saved}, sampler.generation_config.eos_token_id
     mine = range(0, len(problems), args.chunk)[RANK::WORLD]
-    bar = tqdm([first for first in mine if first not in done], name, disable=RANK > 0)
-    for first in bar:
+    for first in tqdm([first for first in mine if first not in done], name, disable=RANK > 0):
         chunk = problems[first:first + args.chunk]
-        torch.manual_seed(random.Random(f"{args.seed} {name} {first}").getrandbits(63))
+        seed = random.Random(f"{args.seed} {name} {first}").getrandbits(63)
+        noise = torch.rand(len(chunk), args.max_tokens, dtype=torch.float64,
+                           generator=torch.Generator().manual_seed(seed))
         drawn, _ = sample(sampler, [p.prompt_ids for p in chunk], [args.max_tokens] * len(chunk),
-                          args.temperature, static=sampler.device.type == "cuda")
+                          args.temperature, noise=noise)
         records = []
         for question, problem, ids in zip(asked[first:], chunk, drawn):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             correct, note = grade(problem, ids, text)
             records.append({**question, "response": text, "correct": correct, "note": note,
-                            "tokens": len(ids), "truncated": ids[-1] not in trapo.end_ids(sampler)})
+                            "tokens": len(ids), "truncated": ids[-1] not in ends})
         write(out / f"samples-{name}-{first}.jsonl", records)
-        right += [r["correct"] for r in records]
-        bar.set_postfix(accuracy=f"{statistics.fmean(right):.3f}")
 
 def write(path: Path, lines: list[dict], **style: int) -> None:
-    """Write JSON, a line each. A crash leaves the old file or the new one, nothing between."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(json.dumps(line, **style) + "\n" for line in lines))
-    os.replace(temporary, path)
+    """Write JSON, a line each, whole or not at all."""
+    with explained(f"write {path}", "free space there, or give another --out"):
+        trapo.write_whole(path, "".join(json.dumps(line, **style) + "\n" for line in lines))
 
-def read_samples(out: Path) -> list[dict]:
-    """All samples saved in a folder, in order, whichever process drew them."""
-    records = [json.loads(line) for path in out.glob("samples*.jsonl") for line in path.open()]
-    found = {(r["benchmark"], r["number"]): r for r in records}
-    return [found[key] for key in sorted(found)]
+def read_saved(out: Path) -> tuple[dict | None, list[dict]]:
+    """The settings of the evaluation in a folder, None if there is none, and its samples."""
+    results, found = out / "results.json", {}
+    with explained(f"read {results}", "give another --out"):
+        old = dict(json.loads(results.read_text())["settings"]) if results.exists() else None
+    for path in out.glob("samples*.jsonl"):
+        with explained(f"read {path}", "delete it, and its samples are drawn again"):
+            for r in map(json.loads, path.read_text().splitlines()):
+                if {key: type(r.get(key)) for key in SAMPLE} != SAMPLE or r["number"] >= r["of"]:
+                    raise ValueError("a line is no sample")
+                found[r["benchmark"], r["number"]] = r
+    return old, [found[key] for key in sorted(found)]
 
 def report(settings: dict, records: list[dict], out: Path) -> None:
     """Write samples.jsonl in place of the chunks, and results.json; print the latter's table."""
@@ -181,90 +182,121 @@ def report(settings: dict, records: list[dict], out: Path) -> None:
 
 def evaluate(args: Namespace) -> None:
     """`eval.py model`: sample what is missing, grade it, report. With --rescore: only grade."""
-    folder, cuda = Path(args.model), torch.cuda.is_available()
-    out = Path(args.out or (folder / "eval" if folder.is_dir() else f"runs/eval-{folder.name}"))
-    old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
-    records = read_samples(out)
+    folder = Path(args.model)
+    home = f"{folder}-" if folder.name.startswith("checkpoint-") else f"{folder}/"  # kept longer
+    out = Path(args.out or (f"{home}eval" if folder.is_dir() else f"runs/eval-{folder.name}"))
+    old, records = read_saved(out)
     if args.rescore:
         if not records:
             raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
         for r in tqdm(records, "grading"):
             if not r["benchmark"].startswith("clock: "):  # those were graded by their tokens
                 r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
-        return report(old.get("settings"), records, out)
-    policy, tokenizer = load_policy(args.model)
-    run = getattr(policy.config, "trapo", {})
-    args.max_tokens = args.max_tokens or run.get("max_response", 8192)
+        return report(old or {}, records, out)
+    if not 0 <= args.temperature < math.inf:
+        raise InputError(f"--temperature {args.temperature}: give a number from 0 on")
+    settings = trapo.fill_in({"device": args.device})  # and whether to sample in bf16 on it
+    trapo.check_values(settings)
+    run, (policy, tokenizer) = run_settings(args.model), load_policy(args.model)
     benchmarks, grade = load_benchmarks(args, tokenizer, run)
+    longest = max(len(p.prompt_ids) for problems in benchmarks.values() for p in problems)
+    room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - longest
+    args.max_tokens = args.max_tokens or max(1, run.get("max_response") or min(8192, room))
+    trapo.check_context(policy, longest + args.max_tokens, settings.device)
     weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
-    settings = {k: getattr(args, k) for k in ("temperature", "samples", "max_tokens", "limit",
-                "seed", "chunk")} | {"weights": hashlib.sha256(weights).hexdigest()}
-    if (old or records) and old.get("settings") != settings:
+    protocol = {key: getattr(args, key) for key in
+                ("temperature", "samples", "max_tokens", "limit", "seed", "chunk")}
+    protocol |= {"bf16": settings.bf16, "weights": hashlib.sha256(weights).hexdigest()}
+    if (old is not None or records) and old != protocol:
         raise InputError(f"{out} holds samples of other weights or settings: give another --out")
-    if RANK == 0 and not old:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "results.json", [{"settings": settings}])
-    if WORLD > 1:  # nobody draws before all have read; at the end one may wait hours for another
+    if WORLD > 1:  # at the end one may wait hours for another
         dist.init_process_group("gloo", timeout=timedelta(days=1))
-        dist.barrier()
-        if cuda:
+        if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    sampler = make_sampler(policy, "cuda" if cuda else "cpu")
-    for name, problems in benchmarks.items():
-        run_benchmark(name, problems, records, out, sampler, tokenizer, grade, args)
-    if WORLD > 1:
-        dist.barrier()
-    if RANK == 0:
-        report(settings, read_samples(out), out)
+    with trapo.locked(out):  # which nobody holds before all have read
+        if RANK == 0 and old is None:
+            write(out / "results.json", [{"settings": protocol}])
+        sampler = make_sampler(policy, settings)
+        for name, problems in benchmarks.items():
+            run_benchmark(name, problems, records, out, sampler, tokenizer, grade, args)
+        trapo.gather(0)  # all is drawn
+        if RANK == 0:
+            report(protocol, read_saved(out)[1], out)
 
-# ==== Part 4. Training runs. Those that differ only in the seed, and in its base, are one method.
-NOT_METHOD = ["seed", "out", "device", "wandb", "save_every", "eval_every"]
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
+# ==== Part 4. Training runs. Those that differ in nothing but the seed, and in what does not matter
+# to what is learned, are one method, with one name and one colour everywhere.
+NOT_METHOD = ("method seed out device bf16 micro_tokens kv_tokens speculate recompute base_steps "
+              "save_every eval_every resume overwrite").split()
+NAMES = {"trapo": "TRAPO", "grpo": "GRPO", "luffy": "LUFFY", "sft": "SFT", "naive": "naive SFT mix",
+         "micro": "micro-groups alone", "micro-luffy": "micro-groups, LUFFY's loss",
+         "fixed-prefix": "fixed prefixes"}
+COLOURS = dict(zip([*NAMES.values(), "SFT, then GRPO"], (  # Okabe and Ito's, and a grey
+    "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #000000 #F0E442 #999999 #E69F00").split()))
+CURVES = {"reward_unguided": "unguided reward", "guided": "share of rollouts guided",
+          "entropy": "entropy, nats", "response_length": "response length, tokens"}
+
+def run_settings(folder: str) -> dict:
+    """The settings of the run in a folder, or around a checkpoint; {} if it is no run's."""
+    settings = trapo.read_settings(folder)
+    kinds = {"method": str, "dataset": str, "seed": int, "max_response": int}
+    if settings and {key: type(settings.get(key)) for key in kinds} != kinds:
+        raise InputError(f"{folder}: its settings.json is damaged: restore it, or leave it out")
+    return settings
 
 def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
-    """A run's settings, what it came to, and its curves: what plot draws, by step.
+    """A run's settings, what it came to, and its curves: what is drawn, by step.
 
-    Seconds are those of training, without the evaluations; noisy curves are running means over 1/15
-    of the run. InputError if there is no finished step.
+    Seconds are without the evaluations; noisy curves are running means over 1/15 of the run.
     """
-    try:
-        settings = json.loads(Path(folder, "config.json").read_text())["trapo"]
-        rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").open()
-                if line.endswith("\n")]  # not one cut short
-        metrics = pandas.DataFrame([{"eval": None} | row for row in rows]).set_index("step")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} is not a training run ({brief(error)})") from error
-    if metrics.index[-1] < 1:
-        raise InputError(f"{folder}/metrics.jsonl has no finished step")
-    steps, evals = metrics.loc[1:], metrics["eval"].dropna()
-    noisy = steps[["reward_unguided", "guided", "entropy", "response_length"]].astype(float)
-    noisy.columns = ["unguided reward", "share of rollouts guided", "entropy, nats",
-                     "response length, tokens"]
-    generated = (steps.tokens_generated.cumsum() / 1000).rename("tokens generated, thousands")
-    accuracy = evals.map(lambda found: next(iter(found.values()))).astype(float)
-    accuracy = accuracy.rename("held-out accuracy")
-    final = {**(evals.iloc[-1] if len(evals) else {}), "steps": len(steps),
-             "unguided reward, last tenth": noisy.iloc[-max(1, len(steps) // 10):, 0].mean(),
-             generated.name: generated.iloc[-1],
-             "tokens trained, thousands": steps.tokens_trained.sum() / 1000,
-             "seconds": steps[["seconds_sample", "seconds_score", "seconds_update"]].sum(axis=None)}
-    smooth = noisy.rolling(max(1, len(steps) // 15), min_periods=1).mean()
-    return settings, final, smooth.join(generated).join(accuracy, how="outer")
+    settings, path = run_settings(folder), Path(folder, "metrics.jsonl")
+    with explained(f"use {path}", "leave that run out, or repeat it"):
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
+        rows = {row["step"]: {"eval": None} | row for row in rows}
+        if not settings or max(rows, default=0) < 1:
+            raise ValueError("no finished step" if settings else "no settings.json beside it")
+        metrics = pandas.DataFrame.from_dict(rows, orient="index").sort_index()
+        evals = pandas.DataFrame(metrics.pop("eval").dropna().to_dict()).T.astype(float)
+        steps = metrics.loc[1:].astype(float)
+        curves = steps[list(CURVES)].rename(columns=CURVES)
+        curves = curves.rolling(max(1, len(steps) // 15), min_periods=1).mean()
+        curves["tokens generated, thousands"] = steps["tokens_generated"].cumsum() / 1000
+        accuracy = evals.iloc[:, :1].rename(columns=lambda name: "held-out accuracy")
+        last_tenth = steps["reward_unguided"].tail(max(1, len(steps) // 10))
+        final = {**dict(*evals.tail(1).to_dict("records")), "steps": len(steps),
+                 "unguided reward, last tenth": last_tenth.mean(),
+                 "tokens generated, thousands": steps["tokens_generated"].sum() / 1000,
+                 "tokens trained, thousands": steps["tokens_trained"].sum() / 1000,
+                 "seconds": steps.filter(like="seconds_").sum(axis=None)}
+    return settings, final, curves.join(accuracy, how="outer")
 
 def name_methods(runs: list[dict]) -> list[str]:
-    """Settings of runs -> names of their methods: the preset, and what tells its variants apart."""
-    frame = pandas.DataFrame(runs).map(str).drop(columns=NOT_METHOD, errors="ignore")
-    frame["model"] = [Path(str(r["model"])).name.replace(f"seed{r['seed']}", "*") for r in runs]
-    names = frame.method.copy()
-    for _, same in frame.groupby("method"):
-        for key in same.columns[same.nunique() > 1]:
-            names[same.index] += f" {key}=" + same[key]
-    return names.tolist()
+    """Settings of runs -> names of their methods, with what tells the variants of a method apart.
+
+    That is what differs among them, or from the preset, by value: -1 is -1.0.
+    """
+    names, runs = [], [vars(Settings()) | run for run in runs]
+    for run in runs:
+        first = run_settings(str(run["model"]))  # of the run that this one goes on from
+        is_base = first.get("dataset", "clock-corpus") == "clock-corpus"  # or no run's model
+        stages = [run["method"]] if is_base else [first["method"], run["method"]]
+        names.append(", then ".join(NAMES.get(stage, stage) for stage in stages))
+        run["model"] = Path(str(run["model"])).name.replace(f"seed{run['seed']}", "seed*")
+    variants = list(names)
+    for name in set(names):
+        same = [i for i in range(len(runs)) if names[i] == name]
+        preset = trapo.METHODS.get(runs[same[0]]["method"], {})
+        for key in [key for key in runs[same[0]] if key not in NOT_METHOD]:
+            values = [runs[i].get(key) for i in same]
+            if any(value != preset.get(key, values[0]) for value in values):
+                for i, value in zip(same, values):
+                    variants[i] += f", {key}={values[values.index(value)]}"  # equal: one text
+    return variants
 
 def show(title: str, values: pandas.DataFrame, markdown: bool) -> None:
     """Print a table of measures by methods, from values indexed by method and seed."""
-    groups = values.groupby("method", sort=False)
-    table = groups.agg(mean_interval).T.rename(columns=lambda m: f"{m} ({len(values.loc[m])})")
+    table = values.groupby("method", sort=False).agg(mean_interval).T
+    table.columns = [f"{method} ({len(values.loc[method])})" for method in table]
     rows = [["", *table], ["---"] + ["---:"] * len(table.T), *table.reset_index().values]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows) if markdown else table.to_string()
     print(f"\n{title} ± 95 % interval (number of seeds)\n\n{lines}")
@@ -274,41 +306,43 @@ def compare(args: Namespace) -> None:
     settings, finals, curves = zip(*map(read_run, args.folders))
     keys = list(zip(name_methods(settings), (s["seed"] for s in settings)))
     if len(set(keys)) < len(keys):
-        raise InputError("two of the runs have the same settings and the same seed")
+        raise InputError("two of the runs have the same settings and the same seed: give only one")
     index = pandas.MultiIndex.from_tuples(keys, names=("method", "seed"))
     found = pandas.DataFrame(finals, index=index)
     show("mean", found, args.markdown)
     if args.against:
-        pairs = [(m, s) for m, s in keys if m != args.against and (args.against, s) in keys]
+        wanted = NAMES.get(args.against, args.against).lower()
+        other = next((method for method, _ in keys if method.lower() == wanted), None)
+        pairs = [(m, s) for m, s in keys if m != other and (other, s) in keys]
         if not pairs:
-            raise InputError(f"--against: no seed in common; methods: {', '.join(dict(keys))}")
-        base = found.loc[[(args.against, seed) for _, seed in pairs]].values
-        show(f"paired difference to {args.against}", found.loc[pairs] - base, args.markdown)
+            raise InputError(f"--against {args.against}: no such method, or no seed in common; "
+                             f"methods: {'; '.join(dict(keys))}")
+        base = found.loc[[(other, seed) for _, seed in pairs]].values
+        show(f"paired difference to {other}", found.loc[pairs] - base, args.markdown)
     if args.plot:
-        plot(pandas.concat(curves, keys=keys, names=index.names), args.plot)
+        figure = draw(pandas.concat(curves, keys=keys, names=index.names))
+        with explained(f"draw into {args.plot}", "give a file such as curves.png"):
+            figure.savefig(args.plot, dpi=200)
 
-def plot(frame: pandas.DataFrame, path: str) -> None:
-    """Draw each column: a line a method, its seeds' mean, in a band from the least to the most."""
-    try:
+def draw(frame: pandas.DataFrame):
+    """A figure of each column: thin lines are seeds, the thick line of a method their median."""
+    with explained("draw", "pip install matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    for axis, title in zip(figure.subplots(2, 3).flat, frame):
-        for i, method in enumerate(frame.index.unique("method")):
-            seeds = frame.loc[method][title].unstack("seed").dropna()
-            axis.plot(seeds.mean(axis=1), label=method, color=COLOURS[i % 7], markersize=4,
-                      marker="osD^vPX*"[i % 8], markevery=max(1, len(seeds) // 8))
-            axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
-                              color=COLOURS[i % 7], linewidth=0)
-        axis.set_title(title, fontsize=11)
-        axis.grid(alpha=0.3)
-    figure.supxlabel("training step (bands: least to most over seeds; noisy curves: running means)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot draw into {path} ({brief(error)})") from error
+    figure, drawn = Figure(figsize=(8, 5.4), layout="constrained"), Counter()
+    axes = [figure.add_subplot(2, 3, i + 1, title=title) for i, title in enumerate(frame)]
+    for method in frame.index.unique("method"):
+        known = [name for name in COLOURS if method.startswith(name)]
+        colour = COLOURS[max(known, key=len)] if known else "#999999"
+        style = ["-", "--", ":", "-."][drawn[colour] % 4]  # variants of a method
+        drawn[colour] += 1
+        for axis, title in zip(axes, frame):
+            seeds = frame.loc[method][title].unstack("seed")
+            for seed in seeds:
+                axis.plot(seeds[seed].dropna(), c=colour, lw=0.6, alpha=0.5)
+            axis.plot(seeds.dropna().median(axis=1), style, c=colour, lw=2, label=method, zorder=3)
+    figure.supxlabel("training step (thick: median of the seeds; noisy curves: running means)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
 
 # ==== Part 5. Speed and memory of trapo.py's own training steps, on random prompts and experts and
 # with a coin for a reward. No response ends before its limit, so that the work is known.
@@ -316,8 +350,6 @@ SHAPES = {  # width, MLP, layers, heads, key-value heads, vocabulary, tied embed
     "random:Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "random:Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "random:Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False)}
-
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP/s, bf16, dense
 
 def speed_model(name: str | None, device: str) -> torch.nn.Module:
     """The embedded experiment's model, one of SHAPES with random weights, or a saved one."""
@@ -332,61 +364,33 @@ def speed_model(name: str | None, device: str) -> torch.nn.Module:
     policy.generation_config.eos_token_id = None
     return policy.to(device)
 
-def measure(work: Callable[[], object], amount: int, repeat: int, cuda: bool) -> dict[str, str]:
-    """Time work() after a warm-up: its rate in `amount` a second, seconds, and peak memory."""
-    seconds = []
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    try:
-        for _ in range(repeat + 1):
-            began = time.perf_counter()
-            work()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-    except torch.OutOfMemoryError:
-        return {"k tokens/s": "out of memory"}
-    peak = (torch.cuda.max_memory_allocated() / 2**30 if cuda else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
-    seconds = pandas.Series(seconds[1:])
-    return {"k tokens/s": f"{amount / seconds.median() / 1000:.3g}", "peak, GiB": f"{peak:.2f}",
-            "seconds": f"{seconds.median():.3g} ({seconds.min():.3g} to {seconds.max():.3g})"}
+def spread(values: pandas.Series) -> str:
+    """"median (least to most)": a range, not an interval."""
+    return f"{values.median():.3g} ({values.min():.3g} to {values.max():.3g})"
 
-def measure_parts(policy: torch.nn.Module, sampler: torch.nn.Module, ids: list[Tokens], prompt: int,
-                  settings: Namespace, repeat: int) -> dict[str, dict]:
-    """`sample` beside model.generate, and token_logprobs beside whole logits, on rows of `ids`."""
-    cuda, rows, new = settings.device == "cuda", len(ids), settings.max_response
-    requests = [row[:prompt] for row in ids]
+def sampling_rates(sampler: torch.nn.Module, requests: list[Tokens], settings: Settings,
+                   repeat: int) -> dict[str, str]:
+    """Thousand tokens a second of `sample`, and of model.generate beside it."""
+    rows, new, rates = len(requests), settings.max_response, {}
 
     def generate() -> None:  # transformers' own loop, told to sample from the exact policy
+        ids = torch.tensor(requests, device=sampler.device)
         sampler.eval().generate(
-            torch.tensor(requests, device=sampler.device), max_new_tokens=new, do_sample=True,
-            top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0, pad_token_id=0)
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0,
+            top_p=1.0, temperature=1.0, repetition_penalty=1.0, pad_token_id=0).tolist()
 
-    def plain_logprobs() -> Tensor:  # the logits of the whole batch at one time
-        batch = torch.tensor(ids, device=policy.device)
-        logits = policy(input_ids=batch, use_cache=False).logits[:, prompt - 1:-1].float()
-        return logits.log_softmax(-1).gather(2, batch[:, prompt:, None])
-
-    def update(logprobs: Callable[[], Tensor]) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            logprobs().sum().backward()
-
-    parts = {"sample": lambda: sample(sampler, requests, [new] * rows, 1.0, settings.cuda_graphs,
-                                      settings.kv_tokens),
-             "model.generate": generate,
-             "token_logprobs": lambda: update(lambda: torch.stack(trapo.token_logprobs(
-                 policy, ids, [prompt] * rows)[0])),
-             "plain log_softmax": lambda: update(plain_logprobs)}
-    if not cuda and 16 * rows * new * policy.config.vocab_size > 2**33:  # bytes: too many here
-        del parts["plain log_softmax"]
-    return {f"{name}, {rows} rows": measure(work, rows * new, repeat, cuda)
-            for name, work in parts.items()}
+    ours = functools.partial(sample, sampler, requests, [new] * rows, kv_tokens=settings.kv_tokens)
+    for name, work in (("sample", ours), ("model.generate", generate)):
+        seconds = []
+        for _ in range(repeat + 1):  # the first warms up
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+        rates[f"{name}, {rows} rows"] = spread(rows * new / pandas.Series(seconds[1:]) / 1000)
+    return rates
 
 def speed(args: Namespace) -> None:
-    """`eval.py speed`: parts, and whole steps of three methods, at several batch sizes.
+    """`eval.py speed`: the sampler, and whole steps of three methods, at several batch sizes.
 
     Model FLOPs of an update: 6 a weight and token, the head's only for response tokens; neither
     attention's products nor what is computed twice. MFU: their rate over a matrix product's.
@@ -394,15 +398,16 @@ def speed(args: Namespace) -> None:
     flags = [*args.rest, "--overwrite"] + (["--model", args.model] if args.model else [])
     settings = trapo.parse_args([*flags, f"--prompts={min(args.prompts)}"])
     rng, prompt = numpy.random.default_rng(0), 64
-    device, new, parts, rows = settings.device, settings.max_response, {}, {}
+    device, new, rates, rows = settings.device, settings.max_response, {}, {}
     policy = speed_model(args.model, device)
-    sampler, optimizer = make_sampler(policy, device), torch.optim.AdamW(policy.parameters())
+    trapo.check_context(policy, prompt + new, device)
+    sampler, optimizer = make_sampler(policy, settings), torch.optim.AdamW(policy.parameters())
     if settings.recompute:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     head = policy.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in policy.base_model.parameters()) - head  # embedding: a look-up
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    square = torch.randn(n, n, device=device).to(dtype)
+    n = 8192 if device == "cuda" else 1024
+    square = torch.randn(n, n, device=device).to(torch.bfloat16 if settings.bf16 else torch.float32)
     peak = 2 * n**3 / Timer("x @ x", globals={"x": square}).blocked_autorange().median
     for prompts in args.prompts:
         ids = rng.integers(1, policy.config.vocab_size, size=(8 * prompts, prompt + new)).tolist()
@@ -415,37 +420,40 @@ def speed(args: Namespace) -> None:
                 for i in tqdm(range(args.repeat + 1), method, leave=False)).loc[1:]  # 0: warm-up
             rollouts, tokens = prompts * sum(settings.sizes), steps.tokens_trained
             read = tokens + prompt * (rollouts - steps.rollouts_skipped)
-            flops = 6 * settings.updates * (body * read + head * tokens)
             rows[f"{method}, {rollouts} rollouts"] = pandas.DataFrame({
                 "sampled, k tokens/s": steps.tokens_generated / steps.seconds_sample / 1000,
                 "trained, k tokens/s": tokens / steps.seconds_update / 1000,
-                "MFU, %": 100 * flops / steps.seconds_update / peak,
-                "step, s": steps.filter(like="seconds_").sum(axis=1),
-            }).apply(lambda x: f"{x.median():.3g} ({x.min():.3g} to {x.max():.3g})")
-        parts |= measure_parts(policy, sampler, ids, prompt, settings, args.repeat)
-    for table in (parts, rows):
-        print(pandas.DataFrame(table).T.to_string() + "\n")
-    card = torch.cuda.get_device_name() if device == "cuda" else ""
-    known = [f"; data sheet: {flops:.3g} FLOP/s" for name, flops in PEAKS.items() if name in card]
+                "MFU, %": 600 * (body * read + head * tokens) / steps.seconds_update / peak,
+                "peak so far, GiB": steps.peak_memory_gib,
+                "step, s": steps.filter(like="seconds_").sum(axis=1)}).apply(spread)
+        rates |= sampling_rates(sampler, [row[:prompt] for row in ids], settings, args.repeat)
+    print(pandas.Series(rates, name="k tokens/s").to_frame().to_string() + "\n")
+    print(pandas.DataFrame(rows).T.to_string() + "\n")
     print(f"median (least to most) of {args.repeat} repetitions; prompts of {prompt}, responses of "
-          f"{new} tokens; matrix product: {peak:.3g} FLOP/s" + "".join(known[:1]))
+          f"{new} tokens; matrix product: {peak:.3g} FLOP/s")
 
 # ==== Part 6. The command line.
+def count(text: str) -> int:
+    """A whole number from 1 on: argparse reports a ValueError as one of the flag."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand. Input that cannot be used: one line, exit code 2."""
-    count, parser = trapo.number(int, 1), Parser()
+    parser = Parser(description="Benchmarks, training runs compared, and speed.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("model", help="accuracy of a model").add_argument
-    add("model", help="a run's folder, another local model, a Hub id or a bare Qwen name")
+    add("model", help="a run's folder or checkpoint, another local model, a Hub id")
     add("--on", nargs="+", default=[], help=f"any of {', '.join(BENCHMARKS)}, or files")
     add("--samples", type=count, help="samples a problem; default: AIME and AMC 32, others 1")
-    add("--temperature", type=trapo.number(float, 0, 1e9), default=0.6,
-        help="of sampling, 0.6; 0 is greedy")
-    add("--max-tokens", type=count, help="of a response; default: the run's own limit, else 8192")
+    add("--temperature", type=float, default=0.6, help="of sampling, 0.6; 0 is greedy")
+    add("--max-tokens", type=count, help="of a response; default: the run's, or 8192 if they fit")
     add("--limit", type=count, help="only the first so many problems of each benchmark")
     add("--seed", type=int, default=0, help="of sampling, 0")
     add("--chunk", type=count, default=256, help="responses sampled, then saved, at a time, 256")
     add("--out", help="folder of the results; default: <model>/eval")
+    add("--device", choices=trapo.CHOICES["device"], help="default: cuda where there is one")
     add("--rescore", action="store_true", help="grade the saved samples again, generate nothing")
     add = commands.add_parser("runs", help="training runs compared").add_argument
     add("folders", nargs="+", help="folders of training runs")
@@ -454,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--markdown", action="store_true", help="tables in markdown")
     add = commands.add_parser("speed", help="speed; takes trapo.py's flags too").add_argument
     add("--model", help=f"{', '.join(SHAPES)}; or as trapo.py's --model")
-    add("--prompts", type=int, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
+    add("--prompts", type=count, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
     add("--repeat", type=count, default=5, help="steps measured, after one to warm up; 5")
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -462,11 +470,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.rest and args.command != "speed":
             raise InputError(f"{args.command} knows no {' '.join(args.rest)}")
         {"model": evaluate, "runs": compare, "speed": speed}[args.command](args)
-    except (InputError, OSError) as error:  # OSError: --out cannot be written
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command continues an evaluation") from None
+    except (InputError, KeyboardInterrupt) as error:
+        stopped = "interrupted; the same command continues an evaluation"
+        print(f"error: {str(error) or stopped}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":
     main()

@@ -3,13 +3,26 @@
 Post-training usually runs SFT on expert solutions and then RL. TRAPO does both inside every
 training instance. The policy first tries a problem alone; where it does badly, it is given the
 beginning of an expert solution and continues from there. Here is one group of eight rollouts, as
-the program prints it. A clock shows 8 and is moved five times; [ ] holds the expert's tokens:
+the program prints it (--seed 1, step 19). A clock shows 17 and is moved six times, where does it
+end? [ ] holds the expert's tokens, A is the advantage:
 
-GROUP
+prompt: c 17 d +5 e -7 f +8 g +9 h -3 i -8 ?
+  micro-group 1: no help
+    reward 0, A -0.50:  d +5 23 e -7 16 f +8 0 g +9 9 h -3 6 i -8 22 # 22 <eos>
+    reward 0, A -0.50:  d +5 22 e -7 8 f +8 16 g +9 1 h -3 22 i -8 14 oops i -3 19 # 19 <eos>
+    reward 0, A -0.50:  d +5 22 e -7 15 f +8 23 g +9 8 h -3 5 i -8 20 # 20 <eos>
+    reward 0, A -0.50:  d +5 22 c -7 15 d +8 23 e +9 8 f -3 5 g -8 21 h -8 13 i -8 5 # 5 <eos>
+  micro-group 2: 20% of the solution, as the mean return so far is 0.00
+    reward 1, A +0.50:  [first d +5 22 e] -7 15 f +8 23 g +9 8 h -3 5 i -8 21 # 21 <eos>
+    reward 1, A +0.50:  [first d +5 22 e] -7 15 f +8 23 g +9 8 h -3 5 i -8 21 # 21 <eos>
+  micro-group 3: 50% of the solution, as the mean return so far is 0.33
+    reward 1, A +0.50:  [first d +5 22 e -7 15 f +8 23 now g] +9 8 h -3 5 i -8 21 # 21 <eos>
+  micro-group 4: 100% of the solution, as the mean return so far is 0.43
+    reward 1, A +0.50:  [first d +5 22 e -7 15 f +8 23 now g +9 8 h -3 5 and i -8 21 # 21 <eos>]
 
 One update then trains two kinds of tokens (Section 2):
 
-    the policy's own (completion)   by a group-relative policy gradient, the advantage above
+    the policy's own (completion)   by a group-relative policy gradient, with A as weight
     the expert's (prefix)           by Trust-Region SFT: SFT, whose gradient weight 1/p is clipped
                                     at 1/alpha (Eq. 3)
 
@@ -1237,9 +1250,9 @@ def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dic
     return found
 
 def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
-    """Print a prompt's group of rollouts, the expert's prefix set apart: the method at work."""
+    """Print the group that was helped most, the expert's prefix set apart: the method at work."""
     left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    for group in groups[:1]:  # a process may have none
+    for group in sorted(groups, key=lambda group: sum(bool(r.prefix) for r in group))[-1:]:
         say("prompt: " + tokenizer.decode(group[0].prompt))
         for m, micro_group in enumerate(args.schedule):
             drawn = [r for r in group if r.micro_group == m]
@@ -1249,7 +1262,7 @@ def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
                 + ("" if so_far is None else f", as the mean return so far is {so_far:.2f}"))
             for r in drawn:
                 prefix = f"{left}{tokenizer.decode(r.prefix)}{right} " if r.prefix else ""
-                say(f"    reward {r.reward:.0f}, advantage {r.advantage:+.2f}:  {prefix}"
+                say(f"    reward {r.reward:.0f}, A {r.advantage:+.2f}:  {prefix}"
                     + tokenizer.decode(r.completion))
 
 def print_table(out: Path) -> None:
