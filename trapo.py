@@ -669,9 +669,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     # only when the first checkpoint is saved.
     policy.generation_config = transformers.GenerationConfig(
         eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=config.bos_token_id)
-    with explained(f"train model '{name}', a {type(policy).__name__}",
-                   "use a decoder with full attention and a plain output layer, such as Qwen2.5"):
-        check_policy(policy, tokenizer)
+    check_policy(policy, tokenizer, name)
     return policy, tokenizer
 
 def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
@@ -692,25 +690,31 @@ def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
     return sorted(found)
 
 @torch.no_grad()
-def check_policy(policy: nn.Module, tokenizer) -> None:
-    """ValueError for a model whose log-probs token_logprobs or sample would get wrong.
+def check_policy(policy: nn.Module, tokenizer, name: str) -> None:
+    """InputError for a model whose log-probs token_logprobs or sample would get wrong.
 
     They do without its output layer and its masks, so they are compared with its own logits.
     """
-    if not all(p.isfinite().all() for p in policy.parameters()):
-        raise ValueError("it has weights that are not finite")
-    if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
-        raise ValueError(f"it has fewer embeddings than its tokenizer's {len(tokenizer)} tokens")
-    if getattr(policy.config, "sliding_window", None):
-        raise ValueError("its attention slides")
-    ids = list(range(1, 17))
-    expected = policy(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    doing, ids = f"train model '{name}', a {type(policy).__name__}", list(range(1, 17))
+    remedy = "use a decoder with full attention and a plain output layer, such as Qwen2.5"
+
+    def require(sound: bool, fault: str) -> None:
+        if not sound:
+            raise InputError(f"cannot {doing} ({fault}): {remedy}")
+
+    require(all(p.isfinite().all() for p in policy.parameters()), "its weights are not finite")
+    require(len(tokenizer) <= policy.get_input_embeddings().weight.shape[0],
+            f"it has fewer embeddings than its tokenizer's {len(tokenizer)} tokens")
+    require(not getattr(policy.config, "sliding_window", None), "its attention slides")
+    with explained(doing, remedy):
+        cache = transformers.DynamicCache(config=policy.config)
+        logits = policy(input_ids=torch.tensor([ids]), use_cache=True, cache=cache).logits[0, :-1]
+        require(all(layer.get_seq_length() == 16 for layer in cache.layers), "it is no transformer")
     (ours,), _ = token_logprobs(policy, [ids], [1])
     (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
     (again,), _ = token_logprobs(policy, [ids[:5] + new], [5])
-    for a, b in ((ours, expected[range(15), ids[1:]]), (again, torch.tensor(drawn))):
-        if not torch.allclose(a, b, atol=1e-3, rtol=1e-3):
-            raise ValueError("its logits are capped or scaled")
+    for a, b in ((ours, logits.log_softmax(-1)[range(15), ids[1:]]), (again, torch.tensor(drawn))):
+        require(torch.allclose(a, b, atol=1e-3, rtol=1e-3), "its logits are capped or scaled")
 
 def check_context(policy: nn.Module, tokens: int, device: str) -> None:
     """InputError if responses would run beyond what the model was made for (`tokens` in all)."""
