@@ -384,7 +384,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
 
     The sampler has the policy's weights (Part 9): in bf16, or gathered from other processes.
     """
-    spent = Counter()  # seconds and tokens
+    spent = Counter(seconds_sample=0.0)  # seconds and tokens
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Drawn]:
         began = time.perf_counter()
@@ -653,7 +653,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
     safe = {"trust_remote_code": False}
     with explained(f"load model '{name}' (tried a folder of that name and the Hub id {path})",
-                   "give a local folder: --model path/to/model"):
+                   "give the path of a local folder"):
         config = transformers.AutoConfig.from_pretrained(path, **safe)
         for key, value in list(vars(config).items()):  # dropout: log-probs would differ by pass
             if "drop" in key and isinstance(value, float):
@@ -839,8 +839,8 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row (dropped: {counts}): expected columns "
-                         "problem, answer (and solution), or GSM8K's, or OpenR1's, in its limits")
+        raise InputError(f"{args.dataset} has no usable row (dropped: {counts}): see the README "
+                         "on columns and lengths")
     return problems
 
 def math_task(tokenizer, args: Settings) -> Task:
@@ -1338,16 +1338,16 @@ def fill_in(known: dict) -> Settings:
     """Settings of what is known, and of presets and defaults for the rest."""
     with explained("use the settings of the run", "give another --out"):
         args = Settings(**known)
-    cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
-    args.device = "cuda" if cuda else "cpu"
-    if args.dataset is None:
-        embedded = not args.model or read_settings(args.model).get("dataset") in CLOCKS
-        args.dataset = "clock" if embedded else "gsm8k"
-    preset = CLOCKS.get(args.dataset, {})
-    method = known.get("method") or preset.get("method", "trapo")
-    name = Path(args.model).name if args.model else args.dataset
-    preset = {"bf16": cuda, "speculate": cuda, "out": f"runs/{name}-{method}-seed{args.seed}",
-              **preset, **METHODS[method], "method": method}
+        cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
+        args.device = "cuda" if cuda else "cpu"
+        if args.dataset is None:
+            embedded = not args.model or read_settings(args.model).get("dataset") in CLOCKS
+            args.dataset = "clock" if embedded else "gsm8k"
+        preset = CLOCKS.get(args.dataset, {})
+        method = known.get("method") or preset.get("method", "trapo")
+        name = Path(args.model).name if args.model else args.dataset
+        preset = {"bf16": cuda, "speculate": cuda, "out": f"runs/{name}-{method}-seed{args.seed}",
+                  **preset, **METHODS[method], "method": method}
     return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
 def read_settings(folder: str) -> dict:
