@@ -8,7 +8,7 @@ The sampler, the reward, the update and the loading of models and rows are trapo
 is the share of right answers among k samples of every problem; pass@k the chance that at least one
 of k samples is right.
 """
-import functools, hashlib, json, math, os, random, statistics, sys, time  # noqa: E401
+import functools, hashlib, json, logging, math, os, random, statistics, sys, time  # noqa: E401
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -53,10 +53,10 @@ def t_quantile(df: int) -> float:
     return math.sqrt(df) * math.tan(numpy.interp(0.95, share / share[-1], angle[1:]))
 
 def mean_interval(values: pandas.Series) -> str:
-    """"mean ± half of Student's 95 % interval", "of n" if some are missing; of none "-"."""
+    """"mean ± half of Student's 95 % interval", and "n=..." if some are missing; of none "-"."""
     n, mean = values.count(), values.mean()
     half = f" ± {t_quantile(n - 1) * values.sem():.3f}" if n > 1 else ""
-    return f"{mean:.3f}{half}" + (f" of {n}" if n < len(values) else "") if n else "-"
+    return f"{mean:.3f}{half}" + (f" (n={n})" if n < len(values) else "") if n else "-"
 
 # ==== Part 2. Benchmarks, and how often the paper's protocol samples each problem.
 BENCHMARKS = {  # Hub data set, configuration, split, samples a problem, authors' file if in Table 1
@@ -403,7 +403,7 @@ def speed(args: Namespace) -> None:
     trapo.check_context(policy, prompt + new, device)
     sampler, optimizer = make_sampler(policy, settings), torch.optim.AdamW(policy.parameters())
     if settings.recompute:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     head = policy.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in policy.base_model.parameters()) - head  # embedding: a look-up
     n = 8192 if device == "cuda" else 1024
@@ -465,14 +465,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompts", type=count, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
     add("--repeat", type=count, default=5, help="steps measured, after one to warm up; 5")
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, without network
     try:
         args, args.rest = parser.parse_known_args(argv)
         if args.rest and args.command != "speed":
             raise InputError(f"{args.command} knows no {' '.join(args.rest)}")
         {"model": evaluate, "runs": compare, "speed": speed}[args.command](args)
     except (InputError, KeyboardInterrupt) as error:
-        stopped = "interrupted; the same command continues an evaluation"
-        print(f"error: {str(error) or stopped}", file=sys.stderr)
+        print(f"error: {str(error) or 'stopped; the same command continues'}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":

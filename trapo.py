@@ -481,7 +481,7 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], tempera
 def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: Tensor,
            temperature: float) -> tuple[list[Tokens], list[list[float]]]:
     """One batch of `sample`: run the requests, then draw a token of every row in each step."""
-    logits, batch = prefill(policy, requests)
+    logits, batch = prefill(policy, requests, max(limits))
     ends = policy.generation_config.eos_token_id or ()
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
     rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
@@ -497,13 +497,14 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
         # Finished rows leave once they are a quarter of the batch: a move copies the whole cache.
         if batch.used == batch.mask.shape[1] or sum(alive) <= 0.75 * len(alive):
             kept = [k for k, lives in enumerate(alive) if lives]
-            batch = Buffers(policy, batch.cache, kept, batch.mask[:, :batch.used], batch.position)
+            batch = Buffers(policy, batch.cache, kept, batch.mask[:, :batch.used], batch.position,
+                            max(limits) - t)
             tokens, noise = tokens[kept], noise[kept]
             rows, alive = [rows[k] for k in kept], [True] * len(kept)
         logits = batch.step(tokens)
     return completions, logprobs
 
-def prefill(policy: nn.Module, requests: list[Tokens]) -> tuple[Tensor, "Buffers"]:
+def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tensor, "Buffers"]:
     """Run each distinct request once: [B, V] logits, and buffers that hold the B requests' cache.
 
     Padding is on the left: all completions start in the same column.
@@ -518,7 +519,7 @@ def prefill(policy: nn.Module, requests: list[Tokens]) -> tuple[Tensor, "Buffers
     cache = transformers.DynamicCache(config=policy.config)
     logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, cache=cache,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
-    return logits[copies, -1], Buffers(policy, cache, copies, mask, lengths[:, None] - 1)
+    return logits[copies, -1], Buffers(policy, cache, copies, mask, lengths[:, None] - 1, most)
 
 ROOM = 32  # tokens that new buffers can take in at least
 capture_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: memory is kept by stream
@@ -529,11 +530,11 @@ class Buffers:
     When finished rows leave, or the room is used up, the kept rows move into new buffers.
     """
     def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], mask: Tensor,
-                 position: Tensor) -> None:
+                 position: Tensor, most: int) -> None:
         """Take in the `kept` rows of a cache, of [B, T] mask, and of [B, 1] position of the newest
-        token, and free the cache's memory layer by layer."""
+        token, and free the cache's memory layer by layer. At most `most` tokens will follow."""
         self.policy, self.used, self.position = policy, mask.shape[1], position[kept]
-        room = max(ROOM, self.used // 2)  # few moves, and little room that stays empty
+        room = min(most, max(ROOM, self.used // 2))  # few moves, and little that stays empty
         self.mask = nn.functional.pad(mask[kept], (0, room))                      # [B, T + room]
         self.token = torch.zeros_like(self.position)
         self.cache = transformers.StaticCache(policy.config, max_cache_len=self.used + room)
@@ -1171,6 +1172,7 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
 
 def finish(args: Settings, progress: Progress, stopped: bool) -> None:
     """How a run ends: a complete one's model is copied into <out> itself, the weights last."""
+    gather(0)  # rank 0 has saved: torchrun ends all processes when one has ended
     out, again = Path(args.out), f"python trapo.py --resume --out {args.out}"
     if progress.skipped == 3:
         say("three updates in a row were not finite; the weights from before them are saved: "
