@@ -846,16 +846,16 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
 
 def math_task(tokenizer, args: Settings) -> Task:
     """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
-    rows = load_rows(args.dataset)
-    if args.dataset == "gsm8k":
-        test = load_rows("gsm8k", "test")
-        test = test.take(min(args.eval_size, len(test)))
-    else:
-        size = min(args.eval_size, len(rows) // 10)
-        test, rows = rows.skip(len(rows) - size), rows.take(len(rows) - size)
-    if len(test) < min(1, args.eval_size):
+    rows, heldout = load_rows(args.dataset), []
+    test = load_rows("gsm8k", "test") if args.dataset == "gsm8k" else rows
+    size = min(args.eval_size, len(test) if args.dataset == "gsm8k" else len(rows) // 10)
+    if size:
+        test = test.select(range(len(test) - size, len(test)))
+        heldout = make_problems(test, tokenizer, args, heldout=True)
+    elif args.eval_size:
         say(f"{args.dataset} has fewer than 10 rows: none is held out, nothing is evaluated")
-    heldout = make_problems(test, tokenizer, args, heldout=True) if len(test) else []
+    if args.dataset != "gsm8k":
+        rows = rows.take(len(rows) - size)
     asked = {tuple(problem.prompt_ids) for problem in heldout}  # a file may hold a problem twice
     train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
