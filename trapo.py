@@ -3,8 +3,8 @@
 Post-training usually runs SFT on expert solutions and then RL. TRAPO does both inside every
 training instance. The policy first tries a problem alone; where it does badly, it is given the
 beginning of an expert solution and continues from there. Here is one group of eight rollouts, as
-the program prints it (--seed 1, step 19). A clock shows 17 and is moved six times, where does it
-end? [ ] holds the expert's tokens, A is the advantage:
+the program prints it (--seed 1 --eval-every 19). A clock shows 17 and is moved six times, on lines
+named d to i: where does it end? [ ] holds the expert's tokens, with asides; A is the advantage:
 
 prompt: c 17 d +5 e -7 f +8 g +9 h -3 i -8 ?
   micro-group 1: no help
@@ -185,6 +185,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
 
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
+    The mean holds rollouts that were guided because this one failed: with rewards of 0 and 1 that
+    scales the gradient of a prompt and does not turn it, with others it would.
     """
     return rewards - rewards.mean(-1, keepdim=True)
 
@@ -294,16 +296,15 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     width, device = max(map(len, sequences)), policy.device
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)  # [B, T]
     hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-    places = [row * width + t for row, (s, start) in enumerate(zip(sequences, starts))
-              for t in range(start, len(s))]
-    places = torch.tensor(places, dtype=torch.long, device=device)                # [N]
-    targets = ids.flatten()[places].split(HEAD_CHUNK)
-    hidden = hidden.flatten(0, 1)[places - 1].split(HEAD_CHUNK)  # position t - 1 predicts token t
-    head, of_chunk = policy.get_output_embeddings(), chunk_logprobs
+    scored = torch.tensor([[start <= t < len(s) for t in range(width)]
+                           for s, start in zip(sequences, starts)], device=device)      # [B, T]
+    targets = ids[scored].split(HEAD_CHUNK)                                             # of [N]
+    states = hidden[:, :-1][scored[:, 1:]].split(HEAD_CHUNK)  # position t - 1 predicts token t
+    head, score = policy.get_output_embeddings(), chunk_logprobs
     if len(targets) > 1:
-        of_chunk = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False,
-                                     preserve_rng_state=False)
-    chunks = [of_chunk(head, h, y, temperature) for h, y in zip(hidden, targets)]
+        score = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False,
+                                  preserve_rng_state=False)
+    chunks = [score(head, h, y, temperature) for h, y in zip(states, targets)]
     lengths = [len(s) - start for s, start in zip(sequences, starts)]
     logprobs, entropies = (torch.cat(pieces).split(lengths) for pieces in zip(*chunks))
     return list(logprobs), list(entropies)
@@ -359,14 +360,15 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Setti
     # processes: hence the divisor is the mean of theirs.
     logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     divisor = sum(gather(len(rollouts))) / WORLD * args.max_response
-    only_others = max(gather(len(batches))) - len(batches)
+    batches += [[]] * (max(gather(len(batches))) - len(batches))  # all must take part in each pass
     total = 0.0
     for indices in batches:
         batch = [active[i] for i in indices]
+        sequences = [r.prompt + r.prefix + r.completion for r in batch] or [[0, 0]]
+        starts = [len(r.prompt) for r in batch] or [1]
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
-            logprobs, entropies = logprobs_of([r.prompt + r.prefix + r.completion for r in batch],
-                                              [len(r.prompt) for r in batch], args.temperature)
-        loss = 0.0
+            logprobs, entropies = logprobs_of(sequences, starts, args.temperature)
+        loss = 0.0 if batch else 0 * logprobs[0].sum()
         for r, both, entropy in zip(batch, logprobs, entropies):
             r.logprobs, r.entropies = both.tolist(), entropy.tolist()
             prefix, completion = both.tensor_split([len(r.prefix)])
@@ -374,7 +376,6 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Setti
             loss = loss + policy_gradient_loss(completion, r.advantage).sum()
         (loss / divisor).backward()
         total += loss.item() / divisor
-    join_other_processes(logprobs_of, only_others)
     return total
 
 # ==== Part 5. One step, and the loop.
@@ -402,7 +403,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
                            task.reward, rng, max_response=args.max_response,
                            speculate=args.speculate)
     for group in groups:
-        advantages = group_advantages(torch.tensor([r.reward for r in group]))
+        advantages = group_advantages(torch.tensor([float(r.reward) for r in group]))
         for r, advantage in zip(group, advantages.tolist()):
             r.advantage = advantage
     spent["seconds_reward"] = time.perf_counter() - began - spent["seconds_sample"]
@@ -428,21 +429,21 @@ def train(args: Settings) -> None:
     log = open_log(args, progress)
     if progress.step == 0 and task.heldout:
         log({"eval": evaluate(sampler, task, args, whole=True)})
-    signals = catch_signals()
-    for step in tqdm(range(progress.step, args.steps), disable=RANK > 0):
-        metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
-        progress.step, last = step + 1, step + 1 == args.steps
-        progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
-        if task.heldout and (last or progress.step % args.eval_every == 0):
-            metrics["eval"] = evaluate(sampler, task, args, whole=last)
-            show_group(groups, tokenizer, args)
-        log(metrics)
-        stop = any(gather(bool(signals) or progress.skipped == 3))
-        if stop or last or progress.step % args.save_every == 0:
-            save(policy, tokenizer, optimizer, progress, args)
-        if stop:
-            break
-    finish(args, progress, bool(signals))
+    with caught_signals() as signals:
+        for step in tqdm(range(progress.step, args.steps), disable=RANK > 0):
+            metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
+            progress.step, last = step + 1, step + 1 == args.steps
+            progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
+            if task.heldout and (last or progress.step % args.eval_every == 0):
+                metrics["eval"] = evaluate(sampler, task, args, whole=last)
+                show_group(groups, tokenizer, args)
+            log(metrics)
+            stop = any(gather(bool(signals) or progress.skipped == 3))  # in any process
+            if stop or last or progress.step % args.save_every == 0:
+                save(policy, tokenizer, optimizer, progress, args)
+            if stop:
+                break
+        finish(args, progress, signals)
 
 # ==== The workshop. This was TRAPO; below is what it runs on.
 #
@@ -466,8 +467,8 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], tempera
     was_training = policy.training
     policy.eval()  # in train mode gradient checkpointing would drop the cache
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
-    # Every request has its own random numbers, so what it draws depends neither on how the requests
-    # are split, nor on when finished rows leave the batch.
+    # Every request has its own random numbers, so what it draws does not depend (up to rounding) on
+    # how the requests are split, or on when finished rows leave the batch.
     if noise is None:
         noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
     for indices in micro_batches([len(request) + max(limits) for request in requests], kv_tokens):
@@ -541,7 +542,7 @@ class Buffers:
         for i, layer in enumerate(cache.layers):
             self.cache.update(layer.keys[kept, :, :self.used], layer.values[kept, :, :self.used], i)
             layer.keys = layer.values = None
-        self.run = self.record() if policy.device.type == "cuda" else self.forward
+        self.replay = self.record() if policy.device.type == "cuda" else None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append [B] tokens; returns the [B, V] logits of the next ones."""
@@ -549,7 +550,7 @@ class Buffers:
         self.position += 1
         self.mask[:, self.used] = True
         self.used += 1
-        return self.run()
+        return self.replay() if self.replay else self.forward()
 
     def forward(self) -> Tensor:
         """[B, V] logits after self.token; a mask of four dimensions is taken as it is."""
@@ -668,9 +669,10 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
         ends = end_tokens(policy, tokenizer)
     # Fresh: sampling defaults are of no use here, and a contradiction among them would be refused
     # only when the first checkpoint is saved.
-    policy.generation_config = transformers.GenerationConfig(
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=config.bos_token_id)
+    policy.generation_config = transformers.GenerationConfig()
     check_policy(policy, tokenizer, name)
+    policy.generation_config.update(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+                                    bos_token_id=tokenizer.bos_token_id)
     return policy, tokenizer
 
 def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
@@ -997,7 +999,7 @@ def prepare(args: Settings) -> tuple:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     shard(policy, args) if WORLD > 1 else policy.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas), weight_decay=0.0)
-    if state:
+    if state.get("optimizer", {}).get("state"):  # empty if every update was skipped
         full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
     progress = Progress(state.get("step", 0), state.get("skipped", 0) % 3)
     if progress.step > args.steps:
@@ -1051,12 +1053,6 @@ def shard(policy: nn.Module, args: Settings) -> None:
     policy.token_logprobs = functools.partial(token_logprobs, policy)
     fsdp.register_fsdp_forward_method(policy, "token_logprobs")
 
-def join_other_processes(logprobs_of: Callable, batches: int) -> None:
-    """Passes of weight 0, for micro-batches that only others have: FSDP wants all to take part."""
-    for _ in range(batches):
-        logprobs, _ = logprobs_of([[0, 0]], [1])
-        (0 * logprobs[0].sum()).backward()
-
 def batch_at(step: int, task: Task, args: Settings) -> list[Problem]:
     """The prompts of a step, whatever the number of processes; every problem once an epoch."""
     n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
@@ -1073,7 +1069,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Setting
     for group in optimizer.param_groups:
         group["lr"] = args.lr * factor
 
-def catch_signals() -> list[float]:
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[float]]:
     """A list that fills when Ctrl-C or SIGTERM comes; a second one ends the program at once.
 
     Not within a second of the first: torchrun passes a Ctrl-C on that its processes had already.
@@ -1084,9 +1081,12 @@ def catch_signals() -> list[float]:
         came.append(time.monotonic())
         if came[-1] > came[0] + 1:
             raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return came
+    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
@@ -1097,10 +1097,12 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         if RANK == 0:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another run is writing to {folder}: give another --out") from None
+    try:
         gather(0)  # the others wait here
         yield
-    except BlockingIOError:
-        raise InputError(f"another run is writing to {folder}: give another --out") from None
     finally:
         os.close(handle)
 
@@ -1170,7 +1172,7 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
             file.write(json.dumps(line) + "\n")
     return log
 
-def finish(args: Settings, progress: Progress, stopped: bool) -> None:
+def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
     """How a run ends: a complete one's model is copied into <out> itself, the weights last."""
     gather(0)  # rank 0 has saved: torchrun ends all processes when one has ended
     out, again = Path(args.out), f"python trapo.py --resume --out {args.out}"
@@ -1183,14 +1185,14 @@ def finish(args: Settings, progress: Progress, stopped: bool) -> None:
         say(f"stopped after step {progress.step}; to go on: {again}")
         raise SystemExit(130)
     if RANK == 0:
-        files = [file for file in checkpoints(out)[-1].iterdir() if file.name != "trainer.pt"]
+        saved = out / f"checkpoint-{progress.step}"
+        files = [file for file in saved.iterdir() if file.name != "trainer.pt"]
         with explained(f"write to {out}", "free space there, then --resume"):
             for file in sorted(files, key=lambda file: "safetensors" in file.name):
                 shutil.copy(file, out / ".copy")
                 os.replace(out / ".copy", out / file.name)
         print_table(out)
-    gather(0)  # the files are there
-    if stopped:
+    if any(gather(bool(signals))):  # and: the files are there
         raise SystemExit(130)
 
 # ==== Part 10. Metrics, evaluation, printing: what the loop reports.
@@ -1225,6 +1227,7 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "response_length": mean(len(r.prefix + r.completion) for r in rollouts),
         "completion_length": mean(len(r.completion) for r in own),
         "truncated": mean(r.completion[-1] not in ends for r in own),
+        # Of trained rollouts alone: groups that are all right or all wrong are not in it.
         "entropy": mean(x for r in trained for x in r.entropies[len(r.prefix):]),
         "logprob_gap": mean(abs(x - y) for r in trained for x, y in zip(
             r.logprobs[len(r.prefix):], r.sampler_logprobs)),
@@ -1331,7 +1334,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         if changed:
             raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}"
                              ": leave the flag out, or start a new run with another --out")
-        args = fill_in(before | typed)
+        args = fill_in(before | typed | {"out": args.out})
     check_values(args)
     check_files(args)
     return args
@@ -1397,6 +1400,8 @@ def check_files(args: Settings) -> None:
 def make_base(args: Settings) -> str:
     """The folder of the embedded experiment's base, pretrained once for a seed."""
     base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
+    if base.resolve() == Path(args.out).resolve():
+        raise InputError(f"--out {args.out} is the base's own folder: give another --out")
     with locked(base, wait=True):  # another run of this seed may be making it
         if not gather((base / "model.safetensors").exists())[0]:
             say(f"pretraining the base, once for seed {args.seed}")
@@ -1408,7 +1413,6 @@ def main(argv: list[str] | None = None) -> None:
     """Train; the embedded experiment first pretrains its base, unless that was done before."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, without network
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         args = parse_args(argv)
         if WORLD > 1:
@@ -1424,19 +1428,19 @@ def main(argv: list[str] | None = None) -> None:
                 args.model = make_base(args)
             train(args)
     except (InputError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, InputError) else 130) from None
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, InputError) else 130
+        leave(code)
+        raise SystemExit(code) from None
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
-def leave() -> None:
-    """End this process at once: gloo's threads may outlive its groups and abort a dying Python."""
+def leave(code: int = 0) -> None:
+    """End one of several processes at once: gloo's threads may abort a Python that dies slowly."""
     if WORLD > 1:
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
 
 if __name__ == "__main__":
     main()
