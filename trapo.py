@@ -584,14 +584,15 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tens
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
     top, token = logits.max(-1, keepdim=True)                                     # [B, 1]
-    size = 256
+    size = min(256, logits.shape[1])
     weights = nn.functional.pad((logits - top).exp(), (0, -logits.shape[1] % size))
     blocks = weights.unflatten(1, (-1, size))                                     # [B, N, 256]
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                         # [B, N]
     if temperature:
         target = noise[:, None] * ends[:, -1:]
         block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
-        inside = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)  # [B, 256]
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]    # [B, 256]
+        inside = inside.double().cumsum(-1)
         rest = target - nn.functional.pad(ends, (1, 0)).gather(1, block)
         # Rounding may not carry it past the block's last token of a weight above zero.
         rest = torch.minimum(rest, inside[:, -1:].nextafter(torch.zeros_like(rest)))
