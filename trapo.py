@@ -173,11 +173,11 @@ PREFIX_LOSSES = {  # what the expert's tokens may be trained with: the last rows
 def policy_gradient_loss(logprobs: Tensor, advantages: Tensor | float) -> Tensor:
     """The group-relative policy gradient (Section 2.3) on the policy's own tokens:  -A log p.
 
-    Its gradient is -A grad log p: REINFORCE with the group's mean as baseline. PPO and GRPO weigh
-    it by the ratio p / p_old to the policy that drew the token, and clip that ratio, since they
-    update several times on the same rollouts. One update per batch has p = p_old: the ratio is 1.
-    (A bf16 sampler's p differs a little: the metric logprob_gap says how much; nothing corrects
-    it.) From log p (nats, any shape) and advantages (broadcastable) to losses of that shape.
+    REINFORCE with the group's mean as baseline. PPO and GRPO weigh its gradient by the ratio of p
+    to the p that the token was drawn with, and clip that ratio, since they update several times on
+    the same rollouts. In one update per batch it is 1. (A bf16 sampler's p differs a little: the
+    metric logprob_gap says how much; nothing corrects it.) From log p (nats, any shape) and
+    advantages (broadcastable) to losses of that shape.
     """
     return -advantages * logprobs
 
@@ -506,10 +506,8 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: 
     return completions, logprobs
 
 def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tensor, "Buffers"]:
-    """Run each distinct request once: [B, V] logits, and buffers that hold the B requests' cache.
-
-    Padding is on the left: all completions start in the same column.
-    """
+    """Run each distinct request once, padded on the left: all completions start in one column.
+    Returns [B, V] logits, and buffers that hold the cache of the B requests."""
     distinct = list(dict.fromkeys(map(tuple, requests)))
     row_of = {request: row for row, request in enumerate(distinct)}
     copies = [row_of[tuple(request)] for request in requests]
@@ -527,9 +525,7 @@ capture_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: memor
 
 class Buffers:
     """A batch's decode step on tensors of fixed size and place, as a CUDA graph needs them.
-
-    When finished rows leave, or the room is used up, the kept rows move into new buffers.
-    """
+    When finished rows leave, or the room is used up, the kept rows move into new buffers."""
     def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], mask: Tensor,
                  position: Tensor, most: int) -> None:
         """Take in the `kept` rows of a cache, of [B, T] mask, and of [B, 1] position of the newest
@@ -677,11 +673,8 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     return policy, tokenizer
 
 def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
-    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>).
-
-    Base models stop at what their chat template prints after an assistant's turn, whether or not
-    their config says so. ValueError if there is no EOS token.
-    """
+    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>), and base
+    models stop at what their template prints after an assistant's turn. ValueError without EOS."""
     if tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer has no EOS token, so no response would end")
     ends = policy.generation_config.eos_token_id
@@ -695,10 +688,8 @@ def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
 
 @torch.no_grad()
 def check_policy(policy: nn.Module, tokenizer, name: str) -> None:
-    """InputError for a model whose log-probs token_logprobs or sample would get wrong.
-
-    They do without its output layer and its masks, so they are compared with its own logits.
-    """
+    """InputError for a model whose log-probs token_logprobs or sample would get wrong: they do
+    without its output layer and its masks, so they are compared with its own logits."""
     doing, ids = f"train model '{name}', a {type(policy).__name__}", list(range(1, 17))
     remedy = "use a decoder with full attention and a plain output layer, such as Qwen2.5"
 
@@ -827,10 +818,7 @@ def make_problem(row: dict, tokenizer, args: Settings, heldout: bool) -> Problem
 def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
                   heldout: bool = False) -> list[Problem]:
     """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
-
-    A row without a solution stays, and is never guided. Lengths are limited by args.max_prompt and
-    args.max_response, in tokens.
-    """
+    A row without a solution stays, and is never guided."""
     problems, dropped = [], Counter()
     with explained(f"use the rows of {args.dataset}", "give UTF-8, and a sound chat template"):
         for row in rows:
@@ -891,11 +879,8 @@ CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, rang
                *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
 
 def clock_model(seed: int) -> tuple[nn.Module, object]:
-    """An untrained model like Qwen2, of 98 752 parameters, and its word-level tokenizer.
-
-    By Llama's class with attention biases, which is Qwen2 but for the bias of the output
-    projection: beside a config of type qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own.
-    """
+    """An untrained model like Qwen2, of 98 752 parameters, and its word-level tokenizer. By Llama's
+    class: beside a config of type qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLOCK_WORDS)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -911,10 +896,8 @@ def clock_model(seed: int) -> tuple[nn.Module, object]:
 
 def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool = True,
                   filler: float = 0.0, slip: float = 0.0, largest: int = 9) -> Problem:
-    """One chain of k steps and its solution, as shown above.
-
-    filler, slip: probability of an aside, of a wrong line, before a line. largest: hours, a step.
-    """
+    """One chain of k steps of 1 to `largest` hours and its solution, as shown above.
+    filler, slip: probability of an aside, and of a wrong line, before each line."""
     hour, letter = rng.randrange(24), rng.randrange(16)
     prompt, lines = [LETTERS[letter], str(hour)], []
     for name in LETTERS[letter + 1:letter + 1 + k]:
@@ -970,6 +953,7 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     worked = mark == ":" or rng.random() < (0.5 if early else 0.005)
     k = 1 if not worked and (early or rng.random() < 0.8) else rng.randint(1, 10)
     return clock_problem(tokenizer, rng, k, mark, worked, filler=0.04, slip=0.01, largest=level)
+
 # ==== Part 9. Processes and checkpoints: what `train` stands on.
 #
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
@@ -1072,10 +1056,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Setting
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[float]]:
-    """A list that fills when Ctrl-C or SIGTERM comes; a second one ends the program at once.
-
-    Not within a second of the first: torchrun passes a Ctrl-C on that its processes had already.
-    """
+    """A list that fills when Ctrl-C or SIGTERM comes; a second one ends the program at once (but
+    for a second: torchrun passes a Ctrl-C on that its processes had already)."""
     came: list[float] = []
 
     def note(number: int, frame: object) -> None:
@@ -1114,9 +1096,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Settings) -> None:
     """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
-
-    Under a temporary name, flushed to the disk, then renamed. All processes must call it.
-    """
+    All processes must call it."""
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
     out = Path(args.out)
@@ -1144,10 +1124,8 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
-    """A function that appends a step's metrics to <out>/metrics.jsonl, cut back to the step now.
-
-    Beside it stands settings.json. --overwrite removes what the old run left.
-    """
+    """Write settings.json; a function that appends a step's metrics to metrics.jsonl, which is cut
+    back to the step now. --overwrite removes what the old run left."""
     gather(0)  # nobody writes before everybody has read
     if RANK:
         return lambda metrics: None
@@ -1243,10 +1221,8 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         **{name: value for name, value in spent.items() if name.startswith("seconds")}}
 
 def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dict[str, float]:
-    """Share of held-out problems solved, by one response each, sampled as in training and greedy.
-
-    Unless `whole`, only the first held-out set, sampled: a cheap point of the learning curve.
-    """
+    """Share of held-out problems solved, by one response each, sampled as in training and greedy;
+    unless `whole`, only of the first held-out set, sampled: a cheap point of the curve."""
     found = {}
     for name, problems in list(task.heldout.items())[:None if whole else 1]:
         mine, numbers = problems[RANK::WORLD], torch.Generator().manual_seed(args.seed)
