@@ -2007,6 +2007,49 @@ def test_settings_that_a_kill_or_a_full_disk_spoiled_are_refused_in_one_line(bas
         assert "settings" in refusal("--resume --out run --steps 2", capsys), text
     main(tiny_run(base, "run", "--steps", "1", "--overwrite"))
 
+@pytest.mark.parametrize("changed", [
+    {"alpha": "much"}, {"sizes": 4}, {"sizes": [4.5, 2, 1, 1]}, {"seed": True}, {"betas": [0.9, 2]},
+    {"prefix_loss": "kl"}, {"device": "abacus"}, {"bf16": "x"}, {"method": "ppo"}, {"dataset": 5}])
+def test_settings_of_a_wrong_kind_are_refused_in_one_line(changed, base, capsys):
+    """Whoever edits settings.json by hand is told before anything is loaded."""
+    Path("run").mkdir()
+    good = json.loads(json.dumps(vars(settings(*tiny_run(base, "run")))))
+    Path("run/settings.json").write_text(json.dumps(good | changed))
+    assert refusal("--resume --out run", capsys)
+    assert [path.name for path in Path("run").iterdir()] == ["settings.json"]
+
+def test_a_folder_of_another_program_is_left_alone(base, capsys):
+    """Checkpoints or metrics that this program did not write are neither deleted nor replaced."""
+    for file in ("hf/checkpoint-500/model.safetensors", "notes/metrics.jsonl"):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).write_text("precious")
+        out = file.split("/")[0]
+        assert out in refusal(tiny_run(base, out, "--steps", "1"), capsys)
+        assert Path(file).read_text() == "precious"
+    assert "empty" in refusal(["--out", ""], capsys)
+
+def test_overwrite_leaves_nothing_of_the_old_model(base):
+    """A chat template, say, that the new model's tokenizer would be loaded with."""
+    main(tiny_run(base, "run", "--steps", "1"))
+    Path("run/chat_template.jinja").write_text("OLD")
+    main(tiny_run(base, "run", "--steps", "1", "--overwrite"))
+    assert not load_policy("run")[1].chat_template
+
+def test_a_file_name_is_no_pattern(tokenizer):
+    """data[12].jsonl is that file, not data1.jsonl; a damaged last row says what is the matter."""
+    for name, rows in (("data[12].jsonl", PLAIN_ROWS[:3]), ("data1.jsonl", PLAIN_ROWS[:1])):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_rows("data[12].jsonl")) == 3
+
+def test_metrics_that_were_lost_or_damaged_are_noticed(base, capsys):
+    """A resume says so, or stops in one line, and does not touch the checkpoints."""
+    main(tiny_run(base, "run", "--steps", "2"))
+    Path("run/metrics.jsonl").write_text('{"stop": 1}\n')
+    assert "metrics.jsonl" in refusal(tiny_run(base, "run", "--resume", "--steps", "3"), capsys)
+    Path("run/metrics.jsonl").write_text("")
+    main(tiny_run(base, "run", "--resume", "--steps", "3"))
+    assert "lacks" in capsys.readouterr().out and metrics_of("run")[-1]["step"] == 3
+
 def test_resume_knows_the_default_out_folder_too(base, capsys):
     """Without --out it follows from model, method and seed; settings are checked all the same."""
     flags = tiny_run(base, "x", "--steps", "1")

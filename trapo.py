@@ -43,7 +43,7 @@ The lecture:  settings, 1 losses, 2 adaptive guidance, 3 log-probs, 4 the update
 The workshop: 6 the sampler, 7 models, data and reward, 8 the clock world, 9 processes and
 checkpoints, 10 metrics, evaluation and printing, 11 the command line.
 """
-import argparse, contextlib, copy, dataclasses, fcntl, functools  # noqa: E401
+import argparse, contextlib, copy, dataclasses, fcntl, functools, glob  # noqa: E401
 import json, logging, math, os, random, re, resource, shutil  # noqa: E401
 import signal, sys, threading, time, typing  # noqa: E401
 from collections import Counter, defaultdict
@@ -151,7 +151,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if alpha == 0:  # every p is inside; the other piece would take log(0)
+    if alpha < 1e-30:  # every p is inside; the other piece would take log(0), or overflow
         return -logprobs
     p = logprobs.exp()
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
@@ -436,11 +436,12 @@ def train(args: Settings) -> None:
             progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
             if task.heldout and (last or progress.step % args.eval_every == 0):
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
-                show_group(groups, tokenizer, args)
             log(metrics)
             stop = any(gather(bool(signals) or progress.skipped == 3))  # in any process
             if stop or last or progress.step % args.save_every == 0:
                 save(policy, tokenizer, optimizer, progress, args)
+            if "eval" in metrics:
+                show_group(groups, tokenizer, args)
             if stop:
                 break
         finish(args, progress, signals)
@@ -752,6 +753,7 @@ def load_rows(dataset: str, split: str = "train"):
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had."""
     from datasets import disable_progress_bars, load_dataset
     disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what goes wrong is said once
     hub, config = HUB.get(dataset, (None, None))
     with explained(f"read the {'Hub data set' if hub else 'file'} {hub or dataset}",
                    "give a local file of rows in UTF-8: .jsonl, .json or .parquet"):
@@ -759,7 +761,8 @@ def load_rows(dataset: str, split: str = "train"):
             return load_dataset(hub, config, split=split)
         if not os.path.getsize(dataset):
             raise ValueError("it is empty")
-        return load_dataset(KINDS[Path(dataset).suffix], data_files=dataset, split="train")
+        return load_dataset(KINDS[Path(dataset).suffix], data_files=glob.escape(dataset),
+                            split="train")
 
 def read_row(row: dict) -> tuple[object, list, object]:
     """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
@@ -831,8 +834,8 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row (dropped: {counts}): see the README "
-                         "on columns and lengths")
+        raise InputError(f"{args.dataset} has no usable row{' to hold out' * heldout} (dropped: "
+                         f"{counts}): see the README on columns and lengths")
     return problems
 
 def math_task(tokenizer, args: Settings) -> Task:
@@ -975,7 +978,7 @@ def prepare(args: Settings) -> tuple:
     check_context(policy, args.max_prompt + args.max_response, args.device)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
     if RANK == 0:  # what cannot be saved should not be trained first
-        with explained(f"save this model to {args.out}", "mend its configuration or tokenizer"):
+        with explained(f"save this model to {args.out}", "free space, or mend its configuration"):
             for part in (policy.config, policy.generation_config, tokenizer):
                 part.save_pretrained(Path(args.out) / ".unfinished")
     sampler = make_sampler(policy, args)  # before sharding: it is whole
@@ -1091,7 +1094,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
+    found = (path for path in out.glob("checkpoint-*/") if path.name[11:].isdigit())
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Settings) -> None:
@@ -1131,16 +1134,21 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
         return lambda metrics: None
     out, kept, last = Path(args.out), [], time.perf_counter()
     path, remedy = out / "metrics.jsonl", "free space there, then --resume"
-    with explained(f"write to {out}", remedy):
-        for old in [*out.glob("model*.safetensors*"), *checkpoints(out)] if args.overwrite else ():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        if progress.step and path.exists():
-            lines = path.read_text().splitlines(True)
-            kept = [line for line in lines  # a kill may have torn the last line
+    if progress.step and path.exists():
+        with explained(f"read {path}", "delete the lines that are damaged"):
+            kept = [line for line in path.read_text().splitlines(True)  # a kill may have torn one
                     if line.endswith("}\n") and json.loads(line)["step"] <= progress.step]
-        write_whole(path, "".join(kept))
+    if len(kept) < progress.step:
+        say(f"{path} lacks some of the first {progress.step} steps")
+    with explained(f"write to {out}", remedy):
         settings = dataclasses.asdict(args) | {"resume": False, "overwrite": False}
         write_whole(out / "settings.json", json.dumps(settings, indent=1))
+        for old in out.iterdir() if args.overwrite else ():
+            if old.is_file() and old.name != "settings.json":
+                old.unlink()
+        for old in checkpoints(out) if args.overwrite else ():
+            shutil.rmtree(old)
+        write_whole(path, "".join(kept))
 
     def log(metrics: dict) -> None:
         nonlocal last
@@ -1170,6 +1178,7 @@ def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
             for file in sorted(files, key=lambda file: "safetensors" in file.name):
                 shutil.copy(file, out / ".copy")
                 os.replace(out / ".copy", out / file.name)
+            shutil.rmtree(out / ".unfinished", ignore_errors=True)
         print_table(out)
     if any(gather(bool(signals))):  # and: the files are there
         raise SystemExit(130)
@@ -1269,7 +1278,7 @@ MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "bf16
               "kv_tokens", "speculate", "recompute", "out", "lr", "resume")
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
 RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9),
-          "seed": (0, 2**63 - 1), "eval_size": (0, 1e9)}  # other numbers are above zero
+          "seed": (0, 2**63 - 1), "eval_size": (0, 1e9), "betas": (0, 0.9999)}  # other numbers are above zero
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
@@ -1300,6 +1309,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line's Settings; InputError for what cannot be used, with nothing loaded yet."""
     parsed = vars(make_parser().parse_args(argv))
     typed = {name: value for name, value in parsed.items() if value is not None}
+    if "" in typed.values():
+        raise InputError("a flag has an empty value: give one, or leave the flag out")
     args = fill_in(typed)
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
@@ -1312,16 +1323,17 @@ def parse_args(argv: list[str] | None = None) -> Settings:
             raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}"
                              ": leave the flag out, or start a new run with another --out")
         args = fill_in(before | typed | {"out": args.out})
-    check_values(args)
-    check_files(args)
+    with explained("use these settings", "give others, or another --out"):
+        check_values(args)
+        check_files(args)
     return args
 
 def fill_in(known: dict) -> Settings:
     """Settings of what is known, and of presets and defaults for the rest."""
     with explained("use the settings of the run", "give another --out"):
         args = Settings(**known)
-        cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
-        args.device = "cuda" if cuda else "cpu"
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = args.device == "cuda"
         if args.dataset is None:
             embedded = not args.model or read_settings(args.model).get("dataset") in CLOCKS
             args.dataset = "clock" if embedded else "gsm8k"
@@ -1342,13 +1354,17 @@ def read_settings(folder: str) -> dict:
 def check_values(args: Settings) -> None:
     """InputError for a number out of its range, or lists that do not fit together."""
     for f in dataclasses.fields(Settings):
-        kind, values = (typing.get_args(f.type) or [f.type])[0], getattr(args, f.name)
-        low, high = RANGES.get(f.name, (1 if kind is int else 1e-12, 1e12))
+        kinds, values = typing.get_args(f.type) or (f.type,), getattr(args, f.name)
+        low, high = RANGES.get(f.name, (1 if int in kinds else 1e-12, 1e12))
         for value in values if isinstance(values, list | tuple) else [values]:
-            number = isinstance(value, int | float)
-            if kind in (int, float) and not (number and low <= value <= high):  # NaN neither
-                raise InputError(f"--{f.name.replace('_', '-')}: {value} is not in [{low:g}, "
-                                 f"{high:g}]")
+            name = f"--{f.name.replace('_', '-')}: {value}"
+            is_number = type(value) is int or type(value) is float
+            if not (type(value) in kinds or is_number and float in kinds):
+                raise InputError(f"{name} is of the wrong kind")
+            if is_number and not low <= value <= high:  # NaN neither
+                raise InputError(f"{name} is not in [{low:g}, {high:g}]")
+            if value not in CHOICES.get(f.name, [value]):
+                raise InputError(f"{name} is none of {', '.join(CHOICES[f.name])}")
     if not len(args.sizes) == len(args.ratios) == len(args.thresholds):
         raise InputError("--sizes, --ratios and --thresholds need equally many values")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -1365,9 +1381,9 @@ def check_files(args: Settings) -> None:
     inside = args.model and Path(args.model).resolve().is_relative_to(out.resolve())
     if inside and not args.resume:
         raise InputError(f"--model {args.model} lies in --out {out}: give another --out")
-    run, model = (out / "settings.json").exists(), (out / "config.json").exists()
-    if model and not run:
-        raise InputError(f"{out} holds a model that is no run of this program: give another --out")
+    run = (out / "settings.json").exists()
+    if not run and out.exists() and any(file.name[0] != "." for file in out.iterdir()):
+        raise InputError(f"{out} holds files that are no run of this program: give another --out")
     if args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out):
         raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
     if run and not (args.resume or args.overwrite):
