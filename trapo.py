@@ -1278,7 +1278,7 @@ MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "bf16
               "kv_tokens", "speculate", "recompute", "out", "lr", "resume")
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
 RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9),
-          "seed": (0, 2**63 - 1), "eval_size": (0, 1e9), "betas": (0, 0.9999)}  # other numbers are above zero
+          "seed": (0, 2**63 - 1), "eval_size": (0, 1e9), "betas": (0, 0.9999)}  # others: above 0
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
