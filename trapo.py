@@ -1187,7 +1187,8 @@ def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
 def say(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
     if RANK == 0:
-        tqdm.write(text)
+        with contextlib.suppress(OSError):  # the run goes on, though nobody may listen any more
+            tqdm.write(text)
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None if there is none or it is not finite."""
