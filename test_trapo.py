@@ -767,7 +767,7 @@ def test_metrics_count_what_happened(clock, temperature):
         return pytest.approx(statistics.fmean(values))
 
     policy, _ = clock_model(1)
-    task = Task(clock[1].train, {}, lambda _, response: float(len(response) % 2))
+    task = Task(clock[1].train, {}, lambda _, response: len(response) % 2)
     metrics, groups = step_of(policy, task, "--temperature", temperature)
     rollouts = [r for group in groups for r in group]
     own = [r for r in rollouts if r.completion]
@@ -898,6 +898,16 @@ def test_three_steps_not_finite_in_a_row_stop_the_run(base, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="1"):  # the third in a row, though in another process
         main("--resume --out resumed --steps 9".split())
     assert metrics_of("resumed")[-1]["step"] == 4
+
+def test_adam_starts_late_in_a_resumed_run_as_well(base, monkeypatch):
+    """If no update was made before the resume, the first one is Adam's first: bit for bit."""
+    flags = ("--prompts", "1", "--warmup", "0", "--method", "fixed-prefix")
+    for name, steps in (("run", "1"), ("whole", "2")):
+        monkeypatch.setattr(trapo, "group_advantages", not_finite_at(1))
+        main(tiny_run(base, name, "--steps", steps, *flags))
+    main("--resume --out run --steps 2".split())
+    assert [line["grad_norm"] is None for line in metrics_of("whole")] == [True, False]
+    assert repeatable("run") == repeatable("whole") and weights("run") == weights("whole")
 
 # ==== Part 6. The sampler
 
@@ -1361,6 +1371,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted_in_one_line(changes, t
     (line,) = capsys.readouterr().out.splitlines()
     kept, dropped = line.split("dropped")
     assert "3 problems" in kept and sum(map(int, re.findall(r"\d+", dropped))) == 1
+    assert ("empty solution" in dropped) == (changes.get("solution") in ("", "  ", [""]))
 
 def test_lengths_of_exactly_the_limit_are_kept(tokenizer):
     """A prompt of max_prompt tokens, a solution of max_response with its EOS; one more is out."""
@@ -1710,7 +1721,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save_it(
 
 def test_a_second_ctrl_c_after_a_second_ends_the_program_at_once(base, monkeypatch, capsys):
     """Exit code 130, nothing saved; and Ctrl-C is what it was before."""
-    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     clock = iter([10.0, 10.5, 12.0])
     monkeypatch.setattr(trapo, "time", Namespace(monotonic=lambda: next(clock),
                                                  perf_counter=trapo.time.perf_counter))
@@ -1723,7 +1734,15 @@ def test_a_second_ctrl_c_after_a_second_ends_the_program_at_once(base, monkeypat
         main(tiny_run(base, "run", "--steps", "2"))
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
     assert not checkpoints(Path("run"))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+def test_a_ctrl_c_between_the_base_and_the_run_is_not_lost(monkeypatch, capsys):
+    """The base's training caught signals; what comes before the first step ends the program."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    at_call("trapo evaluate", 1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
+    with pytest.raises(SystemExit, match="130"):
+        main("--base-steps 2 --steps 1 --eval-size 1 --device cpu --out runs/a".split())
+    assert "interrupted" in capsys.readouterr().err and not checkpoints(Path("runs/a"))
 
 def test_a_damaged_newest_checkpoint_is_passed_over(base, capsys):
     """The one before it is resumed, which is said, and the run comes out the same."""
@@ -1736,6 +1755,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(base, capsys):
         main([*tiny_run(base, damaged, *flags), "--resume"])
         assert "checkpoint-2 is damaged" in capsys.readouterr().out
         assert_same(damaged, "whole")
+    main("--resume --out trainer.pt --steps 3".split())
+    (Path("trainer.pt") / "checkpoint-3/model.safetensors").write_bytes(b"")
+    main("--resume --out trainer.pt --steps 2".split())  # nothing left to do but to publish it
+    assert weights("trainer.pt") == weights("trainer.pt/checkpoint-2")
     for path in checkpoints(Path("whole")):
         (path / "trainer.pt").write_bytes(b"")
     assert "--overwrite" in refusal("--resume --out whole --steps 4", capsys)
@@ -1776,6 +1799,13 @@ def test_a_torn_line_of_metrics_does_not_stop_a_resume(base):
     main("--resume --out run --steps 3".split())
     assert [line["step"] for line in metrics_of("run")][-3:] == [1, 2, 3]
 
+def test_a_run_that_was_moved_goes_on_where_it_is(base):
+    """Not in the folder that its settings name."""
+    main(tiny_run(base, "run", "--steps", "1"))
+    Path("run").rename("moved")
+    main("--resume --out moved --steps 2".split())
+    assert metrics_of("moved")[-1]["step"] == 2 and not Path("run").exists()
+
 def test_a_resumed_run_remembers_its_settings_value_by_value_and_type_by_type(base):
     """Else eval.py would take it for a run of another method."""
     main(tiny_run(base, "run", "--steps", "1", "--thresholds", "-1", "0.5", "0.7", "2"))
@@ -1808,6 +1838,11 @@ def test_two_first_runs_of_a_seed_at_once_make_one_sound_base():
     assert_same("runs/a", "runs/b")
     main([*flags, "apart/c"])
     assert weights("apart/c") == weights("runs/a")
+
+def test_the_bases_own_folder_is_no_folder_for_a_run(capsys):
+    """Where a run would wait for itself."""
+    line = refusal("--base-steps 7 --out x/clock-base-7-seed0 --device cpu", capsys)
+    assert "clock-base-7-seed0" in line and "another --out" in line
 
 def test_held_out_draws_do_not_depend_on_the_number_of_processes(clock, monkeypatch):
     """Every problem has its own random numbers, whichever process draws for it."""
@@ -1904,10 +1939,11 @@ def test_without_a_model_the_embedded_experiment_makes_its_base_once(capsys):
     assert len(re.findall(r"reward [01], .*[+-]\d\.\d\d:  ", output)) == 8 + 8  # the groups shown
     assert "micro-group 4: 100% of the solution, as the mean return so far is 0.00" in output
 
-def test_evaluations_come_every_so_many_steps_and_whole_ones_at_both_ends(whole):
+def test_evaluations_come_every_so_many_steps_and_whole_ones_at_both_ends(base):
     """All sets, sampled and greedy, before and after; in between a point of the curve."""
-    sizes = {line["step"]: len(line["eval"]) for line in metrics_of(whole) if "eval" in line}
-    assert sizes == {0: 8, 2: 1, 4: 8}
+    main(tiny_run(base, "run", "--steps", "3", "--eval-every", "2", "--eval-size", "1"))
+    sizes = {line["step"]: len(line["eval"]) for line in metrics_of("run") if "eval" in line}
+    assert sizes == {0: 8, 2: 1, 3: 8}
 
 def test_sft_then_rl_is_two_commands(base):
     """A run's folder is a model, beside which stands the data it was made with."""
@@ -1928,7 +1964,7 @@ def refusal(argv, capture):
     """main's one line on stderr for a command line that cannot be run."""
     capture.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(argv if isinstance(argv, list) else argv.split())
+        main(argv if isinstance(argv, list) else argv.split(" "))
     lines = [line for line in capture.readouterr().err.split("\n") if line and "it/s" not in line]
     assert stop.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -1951,7 +1987,7 @@ def refusal(argv, capture):
     ("--device gpu", "--device"), ("--sede 3", "--sede"), ("--step 3", "--step"), ("3", "3"),
     ("--model m --dataset nowhere", "nowhere"), ("--model m --dataset no.jsonl", "no.jsonl"),
     ("--model m --dataset rows.csv", "rows.csv"), ("--dataset gsm8k", "--model"),
-    ("--out rows.csv", "rows.csv"), ("--resume --out typo", "typo"),
+    ("--out rows.csv", "rows.csv"), ("--resume --out typo", "typo"), ("--out ", "empty"),
     pytest.param("--device cuda", "--device cpu", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a CUDA device"))])
 def test_bad_settings_are_refused_in_one_line_before_anything_is_loaded(
@@ -2002,9 +2038,10 @@ def test_overwrite_never_deletes_the_model_it_starts_from(base, capsys):
 def test_settings_that_a_kill_or_a_full_disk_spoiled_are_refused_in_one_line(base, capsys):
     """Empty, no JSON, or not settings: --resume cannot go on, but --overwrite starts anew."""
     main(tiny_run(base, "run", "--steps", "1"))
-    for text in ("", "[1]", '{"alpha": 0.1, "wind": 3}'):
+    for text, word in (("", "settings"), ("[1]", "settings"), ('{"wind": 3}', "wind"),
+                       ('{"alpha": "much"}', "alpha"), ('{"method": "nope"}', "nope")):
         Path("run/settings.json").write_text(text)
-        assert "settings" in refusal("--resume --out run --steps 2", capsys), text
+        assert word in refusal("--resume --out run --steps 2", capsys), text
     main(tiny_run(base, "run", "--steps", "1", "--overwrite"))
 
 @pytest.mark.parametrize("changed", [
