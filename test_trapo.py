@@ -2072,6 +2072,18 @@ def test_overwrite_leaves_nothing_of_the_old_model(base):
     main(tiny_run(base, "run", "--steps", "1", "--overwrite"))
     assert not load_policy("run")[1].chat_template
 
+def test_an_overwrite_that_is_cut_short_never_mixes_two_runs(base, monkeypatch):
+    """Killed before the new settings are there: the old run's checkpoints are gone already."""
+    def cut_short(path, text):
+        raise KeyboardInterrupt
+
+    main(tiny_run(base, "run", "--steps", "1"))
+    monkeypatch.setattr(trapo, "write_whole", cut_short)
+    with pytest.raises(SystemExit):
+        main(tiny_run(base, "run", "--steps", "1", "--overwrite", "--alpha", "0.3"))
+    assert json.loads(Path("run/settings.json").read_text())["alpha"] == 0.1
+    assert not checkpoints(Path("run"))
+
 def test_a_file_name_is_no_pattern(tokenizer):
     """data[12].jsonl is that file, not data1.jsonl; a damaged last row says what is the matter."""
     for name, rows in (("data[12].jsonl", PLAIN_ROWS[:3]), ("data1.jsonl", PLAIN_ROWS[:1])):

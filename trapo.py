@@ -532,7 +532,7 @@ class Buffers:
         """Take in the `kept` rows of a cache, of [B, T] mask, and of [B, 1] position of the newest
         token, and free the cache's memory layer by layer. At most `most` tokens will follow."""
         self.policy, self.used, self.position = policy, mask.shape[1], position[kept]
-        room = min(most, max(ROOM, self.used // 2))  # few moves, and little that stays empty
+        room = min(max(1, most), max(ROOM, self.used // 2))  # few moves, little that stays empty
         self.mask = nn.functional.pad(mask[kept], (0, room))                      # [B, T + room]
         self.token = torch.zeros_like(self.position)
         self.cache = transformers.StaticCache(policy.config, max_cache_len=self.used + room)
@@ -551,8 +551,9 @@ class Buffers:
 
     def forward(self) -> Tensor:
         """[B, V] logits after self.token; a mask of four dimensions is taken as it is."""
-        return self.policy(input_ids=self.token, attention_mask=self.mask[:, None, None], use_cache=
-                           True, position_ids=self.position, cache=self.cache).logits[:, -1]
+        mask = self.mask[:, None, None]
+        return self.policy(input_ids=self.token, attention_mask=mask, position_ids=self.position,
+                           cache=self.cache, use_cache=True).logits[:, -1]
 
     def record(self) -> Callable[[], Tensor]:
         """`forward` as a CUDA graph: one launch in place of some 80 a layer, which bound it."""
@@ -1141,13 +1142,13 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
     if len(kept) < progress.step:
         say(f"{path} lacks some of the first {progress.step} steps")
     with explained(f"write to {out}", remedy):
+        for old in checkpoints(out) if args.overwrite else ():  # before the settings: a kill in
+            shutil.rmtree(old)                                  # between must not mix two runs
         settings = dataclasses.asdict(args) | {"resume": False, "overwrite": False}
         write_whole(out / "settings.json", json.dumps(settings, indent=1))
         for old in out.iterdir() if args.overwrite else ():
             if old.is_file() and old.name != "settings.json":
                 old.unlink()
-        for old in checkpoints(out) if args.overwrite else ():
-            shutil.rmtree(old)
         write_whole(path, "".join(kept))
 
     def log(metrics: dict) -> None:
