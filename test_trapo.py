@@ -1834,15 +1834,15 @@ def test_two_first_runs_of_a_seed_at_once_make_one_sound_base():
     for run in runs:
         run.join()
     assert [run.exitcode for run in runs] == [0, 0]
-    assert [line["step"] for line in metrics_of("runs/clock-base-40-seed0")] == [*range(1, 41)]
+    assert [line["step"] for line in metrics_of("runs/clock-base-40-0-seed0")] == [*range(1, 41)]
     assert_same("runs/a", "runs/b")
     main([*flags, "apart/c"])
     assert weights("apart/c") == weights("runs/a")
 
 def test_the_bases_own_folder_is_no_folder_for_a_run(capsys):
     """Where a run would wait for itself."""
-    line = refusal("--base-steps 7 --out x/clock-base-7-seed0 --device cpu", capsys)
-    assert "clock-base-7-seed0" in line and "another --out" in line
+    line = refusal("--base-steps 7 --out x/clock-base-7-0-seed0 --device cpu", capsys)
+    assert "clock-base-7-0-seed0" in line and "another --out" in line
 
 def test_held_out_draws_do_not_depend_on_the_number_of_processes(clock, monkeypatch):
     """Every problem has its own random numbers, whichever process draws for it."""

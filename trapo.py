@@ -86,20 +86,20 @@ class Settings:
     thresholds: list[float] = setting([-1.0, 0.5, 0.7, 0.9], "guided if the mean return is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
-    model: str | None = setting(None, "local folder, Hub id or bare Qwen name; none: the embedded "
-                                "experiment", group="model and data")
+    model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: embedded experiment",
+                                "model and data")
     dataset: str | None = setting(None, "gsm8k, openr1, or a .jsonl / .json / .parquet file")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
     steps: int = setting(200, "training steps", group="optimisation")
     base_steps: int = setting(2500, "pretraining steps of the embedded experiment's base")
+    base_worked: float = setting(0.0, "share of that base's late quiz questions that were worked")
     prompts: int = setting(32, "prompts per step, over all processes (paper: 128)")
     lr: float = setting(5e-6, "AdamW's learning rate, constant after the warm-up (paper: 5e-6)")
     warmup: int = setting(5, "steps of linear warm-up")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this L2 norm")
     temperature: float = setting(1.0, "sampling temperature of the rollouts (paper: 1)")
-    device: str | None = setting(None, "cuda or cpu; default: cuda where there is one",
-                                 group="speed and memory")
+    device: str | None = setting(None, "cuda or cpu; default: the former", "speed and memory")
     bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
     micro_tokens: int = setting(4096, "padded tokens in a micro-batch of the update")
     kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
@@ -238,14 +238,13 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                   generate: Callable[[list[Tokens], list[int]], list[Drawn]],
                   reward: Callable[[Problem, Tokens], float], rng: random.Random, *,
                   max_response: int = 1024, speculate: bool = False) -> list[list[Rollout]]:
-    """Algorithm 1: draw every problem's group of rollouts, micro-group by micro-group.
+    """Algorithm 1: every problem's group of rollouts, in the order drawn, by micro-groups.
 
     Args: problems: anything with .prompt_ids and .solutions; a guided micro-group picks one.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
         reward: of a response, prefix and completion together, in [0, 1].
         rng: picks the solutions.   max_response: tokens, prefix and completion together.
         speculate: draw all that may be needed in one call of generate; the same distribution.
-    Returns: for each problem its sum(sizes) rollouts, in the order drawn.
     """
     # Picked before anything is drawn, so that no decision changes what the others pick.
     solutions = [[rng.choice(p.solutions) if p.solutions else None for _ in schedule]
@@ -347,15 +346,18 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Settings) -> float:
-    """Add the gradient of the batch's loss to the parameters' .grad; returns the loss.
+def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Settings) -> Tensor:
+    """Its two sums: of the prefix loss and of the policy gradient; from [prefix + completion]."""
+    prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
+    expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha)
+    return expert.sum() + policy_gradient_loss(completion, rollout.advantage).sum()
 
-    Leaves log-probs and entropies on every rollout that is trained.
-    """
+def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Settings) -> float:
+    """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
+    log-probs and entropies on every rollout that is trained."""
     active = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
     batches = micro_batches([len(r.prompt + r.prefix + r.completion) for r in active],
                             args.micro_tokens)
-    prefix_loss = PREFIX_LOSSES[args.prefix_loss]
     # A sharded policy has a method of that name (Part 9), and averages gradients over the
     # processes: hence the divisor is the mean of theirs.
     logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
@@ -371,9 +373,7 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Setti
         loss = 0.0 if batch else 0 * logprobs[0].sum()
         for r, both, entropy in zip(batch, logprobs, entropies):
             r.logprobs, r.entropies = both.tolist(), entropy.tolist()
-            prefix, completion = both.tensor_split([len(r.prefix)])
-            loss = loss + prefix_loss(prefix, r.advantage, args.alpha).sum()
-            loss = loss + policy_gradient_loss(completion, r.advantage).sum()
+            loss = loss + rollout_loss(r, both, args)
         (loss / divisor).backward()
         total += loss.item() / divisor
     return total
@@ -430,18 +430,20 @@ def train(args: Settings) -> None:
     if progress.step == 0 and task.heldout:
         log({"eval": evaluate(sampler, task, args, whole=True)})
     with caught_signals() as signals:
-        for step in tqdm(range(progress.step, args.steps), disable=RANK > 0):
+        bar = tqdm(range(progress.step, args.steps), title(args), disable=RANK > 0)
+        for step in bar:
             metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
             progress.step, last = step + 1, step + 1 == args.steps
             progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
-            if task.heldout and (last or progress.step % args.eval_every == 0):
+            look = last or progress.step % args.eval_every == 0
+            if look and task.heldout:
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
-            log(metrics)
+                show_group(groups, tokenizer, args)
+            log(metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
+            bar.set_postfix_str(in_short(metrics), refresh=False)
             stop = any(gather(bool(signals) or progress.skipped == 3))  # in any process
             if stop or last or progress.step % args.save_every == 0:
                 save(policy, tokenizer, optimizer, progress, args)
-            if "eval" in metrics:
-                show_group(groups, tokenizer, args)
             if stop:
                 break
         finish(args, progress, signals)
@@ -882,6 +884,8 @@ FILLERS = ("let's hmm so now then well okay next wait right and first see think 
 CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, range(24)),
                *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
 
+SOUND = {"textbook (k 2-4)": 0.95, "direct (k 1)": 0.9}  # what a base must reach
+
 def clock_model(seed: int) -> tuple[nn.Module, object]:
     """An untrained model like Qwen2, of 98 752 parameters, and its word-level tokenizer. By Llama's
     class: beside a config of type qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own."""
@@ -936,16 +940,27 @@ def clock_task(tokenizer, args: Settings) -> Task:
                               slip=0.1) for _ in range(size)]
 
     if args.dataset == "clock-corpus":
-        rng, total = random.Random(f"corpus {args.seed}"), args.steps * args.prompts
-        return Task([corpus_problem(tokenizer, rng, i / total) for i in range(total)], {}, reward,
-                    in_order=True)
+        rng, total = random.Random(f"textbook and quiz {args.seed}"), args.steps * args.prompts
+        corpus = [corpus_problem(tokenizer, rng, i / total, args.base_worked) for i in range(total)]
+        return Task(corpus, {}, reward, in_order=True)
     sets = {"in range (k 5-9)": (5, 9, "?"), "longer (k 10)": (10, 10, "?"),
             "textbook (k 2-4)": (2, 4, ":"), "direct (k 1)": (1, 1, "?")}
     return Task(problems("train", 512, 5, 9, "?"),
                 {name: problems(name, args.eval_size, *kind) for name, kind in sets.items()
                  if args.eval_size}, reward)
 
-def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
+def base_fault(folder: Path, args: Settings) -> str:
+    """Why a pretrained base is not fit for the experiment, or "": it must know, greedily, how to
+    work and how to blurt."""
+    policy, tokenizer = load_policy(str(folder))
+    task = clock_task(tokenizer, fill_in({"dataset": "clock", "seed": args.seed}))
+    task.heldout = {name: task.heldout[name] for name in SOUND}
+    scores = evaluate(policy, task, args, whole=True)
+    return ", ".join(f"{name}: {scores[name + ', greedy']:.3f} < {least}"
+                     for name, least in SOUND.items() if scores[name + ", greedy"] < least)
+
+def corpus_problem(tokenizer, rng: random.Random, progress: float,
+                   share_worked: float = 0.0) -> Problem:
     """A text of the pretraining corpus, `progress` (0 to 1) of the way through it.
 
     Copying a change from the prompt comes first, from changes of every size, then the addition,
@@ -954,7 +969,7 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
     """
     early, level = progress < 0.5, 9 if progress < 0.2 else min(9, 1 + int(20 * (progress - 0.2)))
     mark = "?" if rng.random() < (0.4 if early else 0.25) else ":"
-    worked = mark == ":" or rng.random() < (0.5 if early else 0.005)
+    worked = mark == ":" or rng.random() < (0.5 if early else share_worked)
     k = 1 if not worked and (early or rng.random() < 0.8) else rng.randint(1, 10)
     return clock_problem(tokenizer, rng, k, mark, worked, filler=0.04, slip=0.01, largest=level)
 
@@ -965,6 +980,7 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float) -> Problem:
 # Everything random comes from generators seeded with (seed, step), the order of the data too: so
 # weights, optimizer state and two counters are a run's whole state, and a run that was killed and
 # resumed equals one that was not, bit for bit.
+KEPT = 20_000_000  # bytes that rollouts.jsonl may have
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass
@@ -993,7 +1009,24 @@ def prepare(args: Settings) -> tuple:
     progress = Progress(state.get("step", 0), state.get("skipped", 0) % 3)
     if progress.step > args.steps:
         raise InputError(f"the run in {args.out} is at step {progress.step}: give --steps beyond")
+    if args.device == "cpu" and args.dataset not in CLOCKS:
+        foretell(sampler, task, args)
     return policy, tokenizer, sampler, optimizer, task, progress
+
+def foretell(sampler: nn.Module, task: Task, args: Settings) -> None:
+    """On a CPU, say what a step may take, from the first tokens of the first prompt's rollouts."""
+    prompt, rows, seconds = batch_at(0, task, args)[0].prompt_ids, sum(args.sizes), []
+    for new in (1, 9):
+        began = time.perf_counter()
+        sample(sampler, [prompt] * rows, [new] * rows, kv_tokens=args.kv_tokens)
+        seconds.append(time.perf_counter() - began)
+    longest = args.max_response * (seconds[1] - seconds[0]) / 8
+    # A backward pass costs two forward passes; the prompt's was read once for all of its rollouts.
+    update = 3 * rows * seconds[0] / len(prompt) * (len(prompt) + args.max_response)
+    minutes = args.prompts * (longest + update) / 60
+    if minutes > 1:
+        say(f"A step may take up to {minutes:.0f} minutes here ({args.prompts} x {rows} rollouts, "
+            f"each up to {args.max_response} tokens). Fewer: --prompts, --max-response, --bf16.")
 
 def load_start(args: Settings) -> tuple[nn.Module, object, dict]:
     """(policy, tokenizer, trainer state) of the newest checkpoint that can be read, or of none."""
@@ -1127,21 +1160,24 @@ def write_whole(path: Path, text: str) -> None:
     temporary.write_text(text)
     os.replace(temporary, path)
 
-def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
-    """Write settings.json; a function that appends a step's metrics to metrics.jsonl, which is cut
-    back to the step now. --overwrite removes what the old run left."""
+def open_log(args: Settings, progress: Progress) -> Callable[..., None]:
+    """Write settings.json; a function that appends a step's metrics to metrics.jsonl, and groups
+    worth keeping to rollouts.jsonl. Both are cut back to the step now; --overwrite removes what
+    the old run left."""
     gather(0)  # nobody writes before everybody has read
     if RANK:
-        return lambda metrics: None
-    out, kept, last = Path(args.out), [], time.perf_counter()
-    path, remedy = out / "metrics.jsonl", "free space there, then --resume"
-    if progress.step and path.exists():
+        return lambda metrics, groups=(): None
+    out, last = Path(args.out), time.perf_counter()
+    kept: dict[str, list[str]] = {"metrics.jsonl": [], "rollouts.jsonl": []}
+    for name in kept if progress.step else ():
+        path = out / name
         with explained(f"read {path}", "delete the lines that are damaged"):
-            kept = [line for line in path.read_text().splitlines(True)  # a kill may have torn one
-                    if line.endswith("}\n") and json.loads(line)["step"] <= progress.step]
-    if len(kept) < progress.step:
-        say(f"{path} lacks some of the first {progress.step} steps")
-    with explained(f"write to {out}", remedy):
+            kept[name] = [line for line in path.read_text().splitlines(True)  # a kill may have
+                          if line.endswith("}\n")                             # torn the last one
+                          and json.loads(line)["step"] <= progress.step] if path.exists() else []
+    if len(kept["metrics.jsonl"]) < progress.step:
+        say(f"{out}/metrics.jsonl lacks some of the first {progress.step} steps")
+    with explained(f"write to {out}", "free space there, then --resume"):
         for old in checkpoints(out) if args.overwrite else ():  # before the settings: a kill in
             shutil.rmtree(old)                                  # between must not mix two runs
         settings = dataclasses.asdict(args) | {"resume": False, "overwrite": False}
@@ -1149,15 +1185,20 @@ def open_log(args: Settings, progress: Progress) -> Callable[[dict], None]:
         for old in out.iterdir() if args.overwrite else ():
             if old.is_file() and old.name != "settings.json":
                 old.unlink()
-        write_whole(path, "".join(kept))
+        for name, lines in kept.items():
+            write_whole(out / name, "".join(lines))
 
-    def log(metrics: dict) -> None:
+    def log(metrics: dict, groups: Iterable[dict] = ()) -> None:
         nonlocal last
         before, last = last, time.perf_counter()
-        line = {"step": progress.step, **metrics, "seconds": last - before,
-                "updates_skipped_in_a_row": progress.skipped}
-        with explained(f"write to {path}", remedy), path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        metrics |= {"seconds": last - before, "updates_skipped_in_a_row": progress.skipped}
+        with explained(f"write to {out}", "free space there, then --resume"):
+            for name, lines in ("rollouts.jsonl", groups), ("metrics.jsonl", [metrics]):
+                with (out / name).open("a") as file:
+                    for line in lines:
+                        text = json.dumps({"step": progress.step, **line}) + "\n"
+                        if name == "metrics.jsonl" or file.tell() + len(text) < KEPT:
+                            file.write(text)
     return log
 
 def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
@@ -1180,7 +1221,7 @@ def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
                 shutil.copy(file, out / ".copy")
                 os.replace(out / ".copy", out / file.name)
             shutil.rmtree(out / ".unfinished", ignore_errors=True)
-        print_table(out)
+        tell(out)
     if any(gather(bool(signals))):  # and: the files are there
         raise SystemExit(130)
 
@@ -1262,16 +1303,61 @@ def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
                 say(f"    reward {r.reward:.0f}, A {r.advantage:+.2f}:  {prefix}"
                     + tokenizer.decode(r.completion))
 
-def print_table(out: Path) -> None:
-    """Held-out accuracy before and after training, from metrics.jsonl."""
+def as_record(group: list[Rollout], tokenizer, args: Settings) -> dict:
+    """A group for rollouts.jsonl, which `eval.py look` shows: every token's text, log-prob and
+    weight in the update, -dL/dlog p: for own tokens the advantage, for the expert's SFT's share."""
+    def short(values: Iterable[float | None]) -> list[float | None]:
+        return [float(f"{x:.4g}") if x is not None and math.isfinite(x) else None for x in values]
+
+    kept = []
+    for r in group:
+        ids = r.prefix + r.completion
+        context = [ids[max(0, i - 3):i] for i in range(len(ids))]
+        text = [tokenizer.decode([*before, token])[len(tokenizer.decode(before)):]
+                for before, token in zip(context, ids)]
+        logprobs = torch.tensor(r.logprobs, dtype=torch.float64, requires_grad=True)
+        weights = torch.zeros(len(ids))
+        if r.logprobs:
+            weights, = torch.autograd.grad(-rollout_loss(r, logprobs, args), logprobs)
+        kept.append({"micro_group": r.micro_group + 1, "reward": r.reward, "advantage": r.advantage,
+                     "expert": len(r.prefix), "text": text, "weight": short(weights.tolist()),
+                     "logprob": short(r.logprobs or [None] * len(r.prefix) + r.sampler_logprobs)})
+    return {"prompt": tokenizer.decode(group[0].prompt), "rollouts": kept}
+
+def title(args: Settings) -> str:
+    """What the progress bar says is going on."""
+    return "pretraining the base" if args.dataset == "clock-corpus" else args.method
+
+def in_short(metrics: dict) -> str:
+    """A step's metrics for the progress bar."""
+    shown = {"loss": "loss", "reward_unguided": "right alone", "guided": "helped"}
+    if metrics["reward_unguided"] is None:  # SFT: all is the expert's
+        shown = {"loss": "loss"}
+    return ", ".join(f"{word} {metrics[key]:.2f}" for key, word in shown.items()
+                     if metrics[key] is not None)
+
+def tell(out: Path) -> None:
+    """What a run came to, from metrics.jsonl: held-out accuracy, success alone, help, and loss."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     before, after = (line.get("eval", {}) for line in (lines[:1] + lines[-1:] or [{}, {}]))
     for name in before:
         say(f"{name:30} before {before[name]:.3f}   after {after.get(name, math.nan):.3f}")
-    say(f"model and metrics are in {out}")
+    steps = [line for line in lines if "guided" in line]
+    n = max(1, len(steps) // 10)
+    for key, did in (("reward_unguided", "Alone, the policy solved {:.1%} of training problems"),
+                     ("guided", "It was given part of a solution in {:.1%} of its rollouts")):
+        first, last = (mean(line[key] for line in part if line[key] is not None)
+                       for part in (steps[:n], steps[-n:]))
+        if first is not None and last is not None:
+            say(f"{did.format(first)} in the first {n} steps, {last:.1%} in the last {n}.")
+    lost = [f"{name}, from {before[name]:.1%} to {after[name]:.1%}" for name in before
+            if after.get(name, 1) < before[name] - 0.05]
+    if lost:
+        say("It forgot: " + "; ".join(lost) + ".")
+    say(f"Model, metrics and rollouts are in {out}; to look at them: python eval.py look {out}")
 
 # ==== Part 11. The command line: typed > the resumed run's settings > presets > defaults.
-CLOCK = {"lr": 4e-4, "steps": 120, "prompts": 16, "max_prompt": 32, "max_response": 56,
+CLOCK = {"lr": 4e-4, "steps": 80, "prompts": 16, "max_prompt": 32, "max_response": 56,
          "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
 CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 2500, "warmup": 20, "decay": True,
                   "prompts": 32, "betas": (0.9, 0.98), "save_every": 300}
@@ -1279,8 +1365,9 @@ CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
 MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "bf16", "micro_tokens",
               "kv_tokens", "speculate", "recompute", "out", "lr", "resume")
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
-RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9),
-          "seed": (0, 2**63 - 1), "eval_size": (0, 1e9), "betas": (0, 0.9999)}  # others: above 0
+RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "base_worked": (0, 1),
+          "warmup": (0, 1e9), "seed": (0, 2**63 - 1), "eval_size": (0, 1e9),
+          "betas": (0, 0.9999)}  # others: above 0
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
@@ -1393,15 +1480,24 @@ def check_files(args: Settings) -> None:
                          "--out")
 
 def make_base(args: Settings) -> str:
-    """The folder of the embedded experiment's base, pretrained once for a seed."""
-    base = Path(args.out).parent / f"clock-base-{args.base_steps}-seed{args.seed}"
-    if base.resolve() == Path(args.out).resolve():
-        raise InputError(f"--out {args.out} is the base's own folder: give another --out")
-    with locked(base, wait=True):  # another run of this seed may be making it
-        if not gather((base / "model.safetensors").exists())[0]:
-            say(f"pretraining the base, once for seed {args.seed}")
-            train(fill_in({"dataset": "clock-corpus", "seed": args.seed, "out": str(base), "bf16":
-                           False, "steps": args.base_steps, "device": args.device, "resume": True}))
+    """The folder of the embedded experiment's base, pretrained once for a seed; and again, from
+    another initialisation, if it is not sound (unless it was cut short by --base-steps)."""
+    name = f"clock-base-{args.base_steps}-{args.base_worked:g}-seed{args.seed}"
+    for attempt in range(4):
+        base = Path(args.out).parent / (name + f"-again{attempt}" * (attempt > 0))
+        if base.resolve() == Path(args.out).resolve():
+            raise InputError(f"--out {args.out} is the base's own folder: give another --out")
+        with locked(base, wait=True):  # another run of this seed may be making it
+            if not gather((base / "model.safetensors").exists())[0]:
+                say(f"pretraining the base, once for seed {args.seed}")
+                train(fill_in({
+                    "dataset": "clock-corpus", "seed": args.seed + attempt * 2**32,
+                    "out": str(base), "bf16": False, "steps": args.base_steps, "resume": True,
+                    "base_worked": args.base_worked, "device": args.device}))
+        fault = base_fault(base, args) if args.base_steps >= Settings().base_steps else ""
+        if not fault:
+            break
+        say(f"{base} is not sound ({fault})")
     return str(base)
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,146 @@
+"""The study behind .github/results.md: its runs, and its tables and figures.
+
+    python .ci/study.py run main --processes 2     goes on where it stopped; each run on one core
+    python .ci/study.py show                       tables and figures, from study.jsonl alone
+
+Runs leave their folders in runs/study, and a line each in .github/study.jsonl: what was asked, the
+commit, and what it came to.
+"""
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+FOLDER, SUMMARY = HERE / "runs" / "study", HERE / ".github" / "study.jsonl"
+METHODS = ("trapo", "grpo", "luffy", "micro", "micro-luffy", "fixed-prefix", "naive", "sft")
+GRID = (1e-4, 2e-4, 4e-4, 1e-3)
+STEPS = 160
+HALF = 0.5  # of the unguided reward: the bar that a run is to pass
+
+# ==== The runs: a run is a dictionary of trapo.py's flags; "after" holds those of the run before it.
+def sft_then_grpo(steps: int, **flags: object) -> dict:
+    """`steps` of SFT, then as many of GRPO."""
+    flags["steps"] = steps
+    return {"method": "grpo", **flags, "after": {"method": "sft", **flags}}
+
+def grid() -> Iterator[dict]:
+    """The learning rates, for each method, on seeds that the comparison does not use."""
+    for seed, lr in itertools.product((1, 2, 3), GRID):
+        for method in METHODS:
+            yield {"method": method, "lr": lr, "seed": seed, "steps": STEPS}
+        yield sft_then_grpo(STEPS // 2, lr=lr, seed=seed)
+
+def best_rate(method: str, after: bool = False) -> float:
+    """The learning rate whose final held-out accuracy in range, sampled, is the best of the grid."""
+    found = [line for line in read("grid") if line["flags"]["method"] == method
+             and ("after" in line["flags"]) == after]
+    scores = {lr: [line["accuracy"][0] for line in found if line["flags"]["lr"] == lr]
+              for lr in GRID}
+    if not all(len(values) == 3 for values in scores.values()):
+        sys.exit(f"the grid of {method} is not finished: python .ci/study.py run grid")
+    return max(GRID, key=lambda lr: sum(scores[lr]))
+
+def main_comparison() -> Iterator[dict]:
+    """Nine methods at equal steps, and SFT, then GRPO at twice; seeds that chose nothing."""
+    for seed in range(11, 19):
+        for method in METHODS:
+            yield {"method": method, "lr": best_rate(method), "seed": seed, "steps": STEPS}
+        for steps in (STEPS // 2, STEPS):
+            yield sft_then_grpo(steps, lr=best_rate("grpo", after=True), seed=seed)
+
+def share_map() -> Iterator[dict]:
+    """How often the base works on a question by itself, against what guidance is worth."""
+    for seed, share in itertools.product(range(11, 15), (0, 0.0005, 0.001, 0.002, 0.005, 0.02)):
+        for method in ("grpo", "micro", "luffy", "trapo"):
+            yield {"method": method, "lr": best_rate(method), "seed": seed, "steps": STEPS,
+                   "base-worked": share}
+
+def alphas() -> Iterator[dict]:
+    """The edge of the trust region, from SFT (0) to 1 - p (1)."""
+    for seed, alpha in itertools.product(range(11, 15), (0, 0.01, 0.03, 0.1, 0.3, 1)):
+        yield {"method": "trapo", "lr": best_rate("trapo"), "seed": seed, "steps": STEPS,
+               "alpha": alpha}
+
+PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas}
+
+def folder_of(flags: dict) -> Path:
+    """A run's folder, by what it was asked."""
+    words = [f"{key}{value}" for key, value in flags.items() if key != "after"]
+    return FOLDER / ("-".join(words).replace("method", "") + "-after-sft" * ("after" in flags))
+
+def run(part: str, flags: dict) -> None:
+    """Train one run, and the one before it, unless that was done; add its line to the summary."""
+    out = folder_of(flags)
+    if "after" in flags and not (folder_of(flags["after"]) / "model.safetensors").exists():
+        train(flags["after"])
+    train(flags)
+    line = {"part": part, "flags": flags, **summary(out)}
+    with SUMMARY.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(out.name, line["accuracy"][0], flush=True)
+
+def train(flags: dict) -> None:
+    """trapo.py with these flags, on one core, its output beside the folder."""
+    out = folder_of(flags)
+    command = [sys.executable, "trapo.py", "--out", out, "--save-every", 1000, "--eval-every", 40]
+    command += ["--resume"] if (out / "settings.json").exists() else []
+    for key, value in flags.items():
+        command += [f"--{key}", value] if key != "after" else []
+    command += ["--model", folder_of(flags["after"])] if "after" in flags else []
+    with (FOLDER / f"{out.name}.log").open("a") as log:
+        subprocess.run(list(map(str, command)), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                       stdout=log, stderr=log, check=True)
+
+def summary(out: Path) -> dict:
+    """What a run came to: held-out accuracies before and after, the way there, and the costs."""
+    lines = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+    steps = [line for line in lines if line["step"]]
+    rewards = [line["reward_unguided"] for line in steps]
+    means = [] if None in rewards else [sum(rewards[i - 5:i]) / 5 for i in range(5, len(steps) + 1)]
+    half = next((i + 5 for i, mean in enumerate(means) if mean >= HALF), None)
+    tokens = list(itertools.accumulate(line["tokens_generated"] for line in steps))
+    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", "trapo.py"], cwd=HERE,
+                            capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "commit": commit, "before": [round(x, 3) for x in lines[0]["eval"].values()],
+        "accuracy": [round(x, 3) for x in lines[-1]["eval"].values()],
+        "half": half, "tokens_to_half": tokens[half - 1] if half else None,
+        "tokens": tokens[-1], "trained": sum(line["tokens_trained"] for line in steps),
+        "seconds": round(sum(value for line in steps for key, value in line.items()
+                             if key.startswith("seconds_"))),
+        "early": round(sum(rewards[:80]) / len(rewards[:80]), 3) if means else None,
+        # Means of ten steps, in percent: a curve in few characters.
+        "reward": [round(10 * sum(rewards[i:i + 10])) for i in range(0, len(rewards), 10)]
+        if means else [],
+        **{key: [round(100 * sum(line[key] or 0 for line in steps[i:i + 10]) / 10)
+                 for i in range(0, len(steps), 10)]
+           for key in ("guided", "prefix_outside_share", "entropy")}}
+
+def read(part: str) -> list[dict]:
+    """The lines of a part."""
+    lines = SUMMARY.read_text().splitlines() if SUMMARY.exists() else []
+    return [line for line in map(json.loads, lines) if line["part"] == part]
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("run").add_argument
+    add("part", choices=PARTS)
+    add("--processes", type=int, default=1)
+    args = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    done = [line["flags"] for line in read(args.part)]
+    wanted = [flags for flags in PARTS[args.part]() if flags not in done]
+    print(f"{args.part}: {len(done)} runs are done, {len(wanted)} to go", flush=True)
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(lambda flags: run(args.part, flags), wanted))
+
+if __name__ == "__main__":
+    main()
