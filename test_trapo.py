@@ -1679,8 +1679,9 @@ def whole(base, tmp_path_factory):
     return folder
 
 def assert_same(run, other):
-    """The same metrics and weights, bit for bit."""
+    """The same metrics, weights and kept rollouts, bit for bit."""
     assert repeatable(run) == repeatable(other) and weights(run) == weights(other)
+    assert Path(run, "rollouts.jsonl").read_bytes() == Path(other, "rollouts.jsonl").read_bytes()
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, whole):
     """kill -9 amid rollouts, the update, the log and the writing of checkpoints: nothing is lost.
@@ -1689,7 +1690,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, 
     """
     argv = tiny_run(base, "killed", *LONGER)
     for place, call in (("trapo sample", 1), ("trapo write_whole", 2), ("torch save", 1),
-                        ("os fsync", 2), ("trapo refresh", 3), ("os replace", 3),
+                        ("os fsync", 2), ("trapo refresh", 3), ("os replace", 4),
                         ("trapo step_metrics", 2), ("shutil rmtree", 2), ("shutil copy", 2)):
         resumed = ["--resume"] * Path("killed/settings.json").exists()
         child = in_a_process(die_at, place, call, [*argv, *resumed])
@@ -1839,6 +1840,27 @@ def test_two_first_runs_of_a_seed_at_once_make_one_sound_base():
     main([*flags, "apart/c"])
     assert weights("apart/c") == weights("runs/a")
 
+def test_a_base_that_is_not_sound_is_pretrained_again_from_another_seed(monkeypatch, capsys):
+    """The seeds are fixed, so it is the same base another time; it starts from other weights."""
+    monkeypatch.setitem(trapo.CORPUS, "steps", 3)  # else 2500 steps make a base be looked at
+    verdicts = iter(["textbook: 0.1 < 0.95", "textbook: 0.2 < 0.95", "", "", "never asked"])
+    monkeypatch.setattr(trapo, "base_fault", lambda folder, args: next(verdicts))
+    argv = "--base-steps 3 --steps 1 --prompts 1 --eval-size 0 --max-response 9 --device cpu --out"
+    main([*argv.split(), "runs/a"])
+    output = capsys.readouterr().out
+    assert output.count("pretraining the base") == 3 and output.count("not sound (textbook") == 2
+    bases = sorted(path.name for path in Path("runs").iterdir() if path.name != "a")
+    assert bases == ["clock-base-3-0-seed0", *(f"clock-base-3-0-seed0-again{i}" for i in (1, 2))]
+    assert len({str(weights(f"runs/{name}")) for name in bases}) == 3
+    assert json.loads(Path("runs/a/settings.json").read_text())["model"] == f"runs/{bases[2]}"
+    main([*argv.replace("--base-steps 3", "--base-steps 2").split(), "runs/b"])  # cut short
+    assert next(verdicts) == "" and "not sound" not in capsys.readouterr().out
+
+def test_an_untrained_base_is_not_sound(base):
+    """It can neither work nor blurt, and the fault names both."""
+    fault = trapo.base_fault(Path(base), settings())
+    assert re.fullmatch(r"textbook .*: 0\.\d+ < 0\.95, direct .*: 0\.\d+ < 0\.9", fault)
+
 def test_the_bases_own_folder_is_no_folder_for_a_run(capsys):
     """Where a run would wait for itself."""
     line = refusal("--base-steps 7 --out x/clock-base-7-0-seed0 --device cpu", capsys)
@@ -1919,7 +1941,75 @@ def test_two_processes_do_the_work_of_one(base):
     transformers.AutoModelForCausalLM.from_pretrained("runs/few")
     assert done.returncode != 0 and "the second process is out of luck" in done.stderr
 
-# ==== Part 10. Printing
+# ==== Part 10. Rollouts that are kept, and printing
+
+def kept_rollouts(folder):
+    """The lines of a run's rollouts.jsonl."""
+    return [json.loads(line) for line in Path(folder, "rollouts.jsonl").read_text().splitlines()]
+
+@pytest.mark.parametrize("method", ["trapo", "naive", "micro", "luffy", "sft"])
+def test_kept_tokens_carry_the_weight_they_were_trained_with(method):
+    """-dL/dlog p: for own tokens the advantage, for the expert's the share of SFT's weight."""
+    policy, tokenizer = clock_model(1)
+    args = settings("--method", method)
+    rollouts = [Rollout([30, 40, 2], [9, 50, 60], [10, 51], reward=1.0, advantage=0.75,
+                        sampler_logprobs=[-1.0, -2.0]),
+                Rollout([30, 40, 2], [], [10, 51, 1], sampler_logprobs=[-1.0, -2.0, -3.0])]
+    accumulate_gradients(policy, rollouts, args)
+    first, inert = trapo.as_record(rollouts, tokenizer, args)["rollouts"]
+    assert "".join(first["text"]) == tokenizer.decode([9, 50, 60, 10, 51]) and first["expert"] == 3
+    p = torch.tensor(first["logprob"][:3]).exp()
+    share = {"trapo": (p / 0.1).clamp(max=1), "naive": p / p, "sft": p / p, "micro": 0 * p,
+             "luffy": 0.75 * 0.1 * p / (p + 0.1) ** 2}[method]  # -A p / (p + gamma), derived
+    assert first["weight"] == pytest.approx([*share.tolist(), 0.75, 0.75], rel=2e-3)
+    assert inert["weight"] == [0, 0, 0] and inert["logprob"] == [-1, -2, -3]  # the sampler's
+
+def test_two_groups_are_kept_at_each_evaluation_and_at_the_last_step(base, monkeypatch):
+    """As the loop trained on them; and never more than the file may hold."""
+    main(tiny_run(base, "run", "--steps", "5", "--eval-every", "2", "--eval-size", "1"))
+    kept = kept_rollouts("run")
+    assert [line["step"] for line in kept] == [2, 2, 4, 4, 5, 5]
+    for line in kept:
+        rewards = [r["reward"] for r in line["rollouts"]]
+        assert [r["micro_group"] for r in line["rollouts"]] == [1, 1, 1, 1, 2, 2, 3, 4]
+        assert [r["advantage"] for r in line["rollouts"]] == pytest.approx(
+            [reward - statistics.mean(rewards) for reward in rewards])
+        assert all(len(r["text"]) == len(r["logprob"]) == len(r["weight"]) >= r["expert"]
+                   for r in line["rollouts"])
+    monkeypatch.setattr(trapo, "KEPT", len(json.dumps(kept[0])) + 100)
+    main(tiny_run(base, "less", "--steps", "5", "--eval-every", "2", "--eval-size", "1"))
+    assert kept_rollouts("less") == kept[:1]
+
+def test_a_model_that_has_gone_wrong_is_kept_as_valid_json(clock):
+    """Log-probs that are not finite are null: NaN is no JSON, and a browser would refuse it."""
+    tokenizer, _ = clock
+    rollout = Rollout([5], [6], [7, 8], sampler_logprobs=[math.nan, -INF])
+    (kept,) = trapo.as_record([rollout], tokenizer, settings())["rollouts"]
+    assert kept["logprob"] == [None, None, None]
+
+def test_the_last_lines_of_a_run_tell_what_happened(capsys):
+    """Success alone and help, in the first and the last tenth; and what was lost on the way."""
+    rows = [{"step": 0, "eval": {"quiz": 0.05, "textbook": 0.98}}]
+    rows += [{"step": i, "reward_unguided": i / 20, "guided": 1 / i} for i in range(1, 20)]
+    rows += [{"step": 20, "reward_unguided": None, "guided": 0.05,
+              "eval": {"quiz": 0.95, "textbook": 0.5}}]
+    Path("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trapo.tell(Path())
+    output = capsys.readouterr().out
+    assert re.search(r"quiz +before 0.050   after 0.950", output)
+    assert "solved 7.5% of training problems in the first 2 steps, 95.0% in the last 2" in output
+    assert "in 75.0% of its rollouts in the first 2 steps, 5.1% in the last 2" in output
+    assert "It forgot: textbook, from 98.0% to 50.0%." in output and "forgot: quiz" not in output
+
+def test_what_a_step_takes_is_foretold_from_its_first_tokens(monkeypatch, capsys):
+    """One token of eight rollouts takes 2 s, nine take 10 s: so a token 1 s, the prompt 2 s."""
+    ticks = iter([0.0, 2.0, 2.0, 12.0])
+    monkeypatch.setattr(trapo.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(trapo, "sample", lambda *args, **kwargs: None)
+    args = settings(prompts=3, max_response=100)
+    trapo.foretell(None, Task([Problem([5] * 50, [], "")], {}, None), args)
+    sampling, update = 100 * 1, 8 * (50 + 100) * 3 * 2 / 50  # seconds; backward costs twice forward
+    assert f"up to {3 * (sampling + update) / 60:.0f} minutes" in capsys.readouterr().out
 
 def test_without_a_model_the_embedded_experiment_makes_its_base_once(capsys):
     """All methods of a seed start from the same base, and a table compares before and after."""

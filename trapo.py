@@ -1494,7 +1494,7 @@ def make_base(args: Settings) -> str:
                     "dataset": "clock-corpus", "seed": args.seed + attempt * 2**32,
                     "out": str(base), "bf16": False, "steps": args.base_steps, "resume": True,
                     "base_worked": args.base_worked, "device": args.device}))
-        fault = base_fault(base, args) if args.base_steps >= Settings().base_steps else ""
+        fault = base_fault(base, args) if args.base_steps >= CORPUS["steps"] else ""
         if not fault:
             break
         say(f"{base} is not sound ({fault})")
