@@ -3,22 +3,22 @@
 Post-training usually runs SFT on expert solutions and then RL. TRAPO does both inside every
 training instance. The policy first tries a problem alone; where it does badly, it is given the
 beginning of an expert solution and continues from there. Here is one group of eight rollouts, as
-the program prints it (--seed 1 --eval-every 19). A clock shows 17 and is moved six times, on lines
-named d to i: where does it end? [ ] holds the expert's tokens, with asides; A is the advantage:
+the program prints it (--eval-every 13). A clock shows 14 and is moved five times, on lines named m
+to q: where does it end? [ ] holds the expert's tokens, detours and all; A is the advantage:
 
-prompt: c 17 d +5 e -7 f +8 g +9 h -3 i -8 ?
+prompt: l 14 m +7 n +7 o +6 p -8 q +1 ?
   micro-group 1: no help
-    reward 0, A -0.50:  d +5 23 e -7 16 f +8 0 g +9 9 h -3 6 i -8 22 # 22 <eos>
-    reward 0, A -0.50:  d +5 22 e -7 8 f +8 16 g +9 1 h -3 22 i -8 14 oops i -3 19 # 19 <eos>
-    reward 0, A -0.50:  d +5 22 e -7 15 f +8 23 g +9 8 h -3 5 i -8 20 # 20 <eos>
-    reward 0, A -0.50:  d +5 22 c -7 15 d +8 23 e +9 8 f -3 5 g -8 21 h -8 13 i -8 5 # 5 <eos>
+    reward 0, A -0.25:  # 23 <eos>
+    reward 0, A -0.25:  # 7 <eos>
+    reward 0, A -0.25:  # 9 <eos>
+    reward 0, A -0.25:  # 23 <eos>
   micro-group 2: 20% of the solution, as the mean return so far is 0.00
-    reward 1, A +0.50:  [first d +5 22 e] -7 15 f +8 23 g +9 8 h -3 5 i -8 21 # 21 <eos>
-    reward 1, A +0.50:  [first d +5 22 e] -7 15 f +8 23 g +9 8 h -3 5 i -8 21 # 21 <eos>
-  micro-group 3: 50% of the solution, as the mean return so far is 0.33
-    reward 1, A +0.50:  [first d +5 22 e -7 15 f +8 23 now g] +9 8 h -3 5 i -8 21 # 21 <eos>
-  micro-group 4: 100% of the solution, as the mean return so far is 0.43
-    reward 1, A +0.50:  [first d +5 22 e -7 15 f +8 23 now g +9 8 h -3 5 and i -8 21 # 21 <eos>]
+    reward 0, A -0.25:  [see m +7 21 n] +7 4 o +6 10 p -8 2 # 2 <eos>
+    reward 1, A +0.75:  [see m +7 21 n] +7 4 o +6 10 p -8 2 q +1 3 # 3 <eos>
+  micro-group 3: 50% of the solution, as the mean return so far is 0.17
+    reward 0, A -0.25:  [see m +7 21 n +7 4 o +6 1 oops o] -8 22 p +1 23 q +1 0 # 0 <eos>
+  micro-group 4: 100% of the solution, as the mean return so far is 0.14
+    reward 1, A +0.75:  [see m +7 21 n +7 4 o +6 1 oops o +6 10 now p -8 2 q +1 3 # 3 <eos>]
 
 One update then trains two kinds of tokens (Section 2):
 
