@@ -9,6 +9,7 @@ commit, and what it came to.
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas
+
 HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+from eval import COLOURS, NAMES, t_quantile
+
 FOLDER, SUMMARY = HERE / "runs" / "study", HERE / ".github" / "study.jsonl"
 METHODS = ("trapo", "grpo", "luffy", "micro", "micro-luffy", "fixed-prefix", "naive", "sft")
 GRID = (1e-4, 2e-4, 4e-4, 1e-3)
@@ -127,6 +134,131 @@ def read(part: str) -> list[dict]:
     lines = SUMMARY.read_text().splitlines() if SUMMARY.exists() else []
     return [line for line in map(json.loads, lines) if line["part"] == part]
 
+# ==== What it says: tables in markdown, and figures, from the lines alone.
+SETS = ("in range", "in range, greedy", "longer", "longer, greedy", "textbook", "textbook, greedy",
+        "direct", "direct, greedy")  # the order of the accuracies
+
+def name_of(flags: dict) -> str:
+    """A method as people say it; SFT, then GRPO with the steps of both."""
+    if "after" in flags:
+        return f"SFT, then GRPO ({flags['steps']} + {flags['steps']})"
+    return NAMES[flags["method"]]
+
+def frame(part: str) -> pandas.DataFrame:
+    """A part's runs, one a row: flags, accuracies by name, and the rest of the lines."""
+    rows = [{"method": name_of(line["flags"]), "seed": line["flags"]["seed"],
+             "lr": line["flags"]["lr"], **dict(zip(SETS, line["accuracy"])),
+             "base, in range": line["before"][0], **line} for line in read(part)]
+    return pandas.DataFrame(rows)
+
+def table(found: pandas.DataFrame) -> str:
+    """Markdown, with the index as first column."""
+    rows = [["", *found.columns], ["---", *["---:"] * found.shape[1]],
+            *found.reset_index().astype(str).values.tolist()]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+def interval(values: pandas.Series, digits: int = 2, scale: float = 1) -> str:
+    """Mean and half of Student's 95 % interval, with the digits that it deserves."""
+    values = values.dropna() * scale
+    if len(values) < 2:
+        return "-"
+    half = t_quantile(len(values) - 1) * values.sem()
+    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+
+def until(values: pandas.Series, last: int) -> str:
+    """Median (least to most) of what may never have come."""
+    filled = values.astype(float).fillna(math.inf).sort_values().tolist()
+    said = [f"> {last}" if math.isinf(x) else f"{x:.0f}" for x in filled]
+    middle = (filled[(len(filled) - 1) // 2] + filled[len(filled) // 2]) / 2
+    median = f"> {last}" if math.isinf(middle) else f"{middle:.0f}"
+    return f"{median} ({said[0]} to {said[-1]})"
+
+def show_grid() -> None:
+    """Accuracy in range at the end, by learning rate; the best is chosen."""
+    found = frame("grid")
+    if len(found):
+        means = found.pivot_table(index="method", columns="lr", values="in range", sort=False)
+        counts = found.pivot_table(index="method", columns="lr", values="in range", sort=False,
+                                   aggfunc="count")
+        print("\n## Learning rates (mean of seeds 1 to 3; number of runs where not 3)\n")
+        texts = means.round(3).astype(str) + counts.map(lambda n: "" if n == 3 else f" (n={n:.0f})")
+        print(table(texts))
+
+def show_main() -> None:
+    """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
+    found = frame("main")
+    if not len(found):
+        return
+    groups = found.groupby("method", sort=False)
+    print(f"\n## Main comparison: {STEPS} steps, {found.seed.nunique()} seeds\n")
+    print(table(pandas.DataFrame({
+        **{name: groups[name].agg(interval) for name in SETS},
+        f"steps until {HALF}": groups.half.agg(until, last=STEPS),
+        "tokens until then, k": (groups.tokens_to_half.median() / 1000).round().astype(str),
+        "unguided reward, steps 1 to 80": groups.early.agg(interval),
+        "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
+        "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
+        "seconds": groups.seconds.agg(interval, digits=0),
+        "runs": groups.size()}).T))
+    print("\nTRAPO less the other, paired by seed:\n")
+    by_seed = {name: found.pivot_table(index="seed", columns="method", values=name, sort=False)
+               for name in ("in range", "longer", "early")}
+    differences = {name: [interval(wide["TRAPO"] - wide[other]) if other in wide else "-"
+                          for other in by_seed["in range"] if other != "TRAPO"]
+                   for name, wide in by_seed.items()}
+    others = [other for other in by_seed["in range"] if other != "TRAPO"]
+    print(table(pandas.DataFrame(differences, index=others)))
+    draw_dots(found)
+    draw_curves(found)
+
+def colour_of(method: str) -> str:
+    """One colour a method everywhere."""
+    return COLOURS.get(method.partition(" (")[0], "#999999")
+
+def new_figure(width: float, height: float):
+    """An empty figure, to be saved beside this study's pages."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+def save(figure, name: str) -> None:
+    """Into .github."""
+    figure.savefig(HERE / ".github" / f"{name}.png", dpi=160)
+
+def draw_dots(found: pandas.DataFrame) -> None:
+    """The main result: a dot a seed, methods in rows."""
+    methods = found.groupby("method")["in range"].median().sort_values().index
+    figure = new_figure(8, 3.6)
+    panels = {"in range": f"accuracy after {STEPS} steps", "early": "mean unguided reward, steps "
+              "1 to 80"}
+    for i, (column, title) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, 2, i + 1, title=title, xlim=(-0.03, 1.03))
+        for row, method in enumerate(methods):
+            values = found[found.method == method][column].dropna()
+            axis.plot(values, [row] * len(values), "o", c=colour_of(method), alpha=0.7, mec="black",
+                      mew=0.5)
+            axis.plot([values.median()] * 2, [row - 0.3, row + 0.3], c="black", lw=1.5)
+        axis.set_yticks(range(len(methods)), methods if i == 0 else [""] * len(methods))
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("a dot: one seed; bar: median", fontsize=10)
+    save(figure, "main")
+
+def draw_curves(found: pandas.DataFrame) -> None:
+    """Unguided reward over the steps: thin lines are seeds, the thick one is their median."""
+    figure = new_figure(8, 4)
+    axis = figure.add_subplot(xlabel="training step", ylabel="unguided reward", ylim=(0, 1))
+    for method, runs in found.groupby("method", sort=False):
+        curves = pandas.DataFrame([reward for reward in runs.reward if reward]) / 100
+        if curves.empty:
+            continue
+        first = STEPS - 10 * curves.shape[1] if "(80" in method else 0  # after the steps of SFT
+        steps = [first + 10 * i + 5 for i in range(curves.shape[1])]
+        axis.plot(steps, curves.T, c=colour_of(method), lw=0.5, alpha=0.4)
+        axis.plot(steps, curves.median(), "--" if "160" in method else "-", c=colour_of(method),
+                  lw=2.2, label=method)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    save(figure, "curves")
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -134,7 +266,11 @@ def main() -> None:
     add = commands.add_parser("run").add_argument
     add("part", choices=PARTS)
     add("--processes", type=int, default=1)
+    commands.add_parser("show")
     args = parser.parse_args()
+    if args.command == "show":
+        show_grid()
+        return show_main()
     FOLDER.mkdir(parents=True, exist_ok=True)
     done = [line["flags"] for line in read(args.part)]
     wanted = [flags for flags in PARTS[args.part]() if flags not in done]
