@@ -1,7 +1,8 @@
-"""Evaluation in one file: benchmarks with honest statistics, training runs compared, and speed.
+"""Evaluation in one file: honest benchmarks, training runs compared and looked at, and speed.
 
     python eval.py model runs/x --on gsm8k math500 my.jsonl               accuracy of a model
     python eval.py runs runs/a runs/b --against grpo --plot curves.png    training runs compared
+    python eval.py look runs/x                                            its rollouts, as a page
     python eval.py speed --model random:Qwen2.5-0.5B                      speed of this machine
 
 The sampler, the reward, the update and the loading of models and rows are trapo.py's. Words: avg@k
@@ -344,7 +345,124 @@ def draw(frame: pandas.DataFrame):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
-# ==== Part 5. Speed and memory of trapo.py's own training steps, on random prompts and experts and
+# ==== Part 5. A page to look at: the groups that a run kept, token by token.
+SHOWN = ("method", "dataset", "seed", "alpha", "sizes", "ratios", "thresholds")
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TRAPO, token by token</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; scroll-padding: 4rem; --expert: #f0b000; --above: #3b86d8; }
+body { margin: auto; padding: 1rem; max-width: 54rem; overflow-wrap: anywhere; --below: #e0526e;
+  color: color-mix(in srgb, CanvasText 72%, Canvas); font: .9rem/1.5 system-ui, sans-serif; }
+h1, h2, p, figure { margin: .6rem 0; font-size: 1em; }
+h1, h2 { margin: 1.1rem 0 .3rem; color: CanvasText; } h1 { font-size: 1.3em; }
+figure { display: grid; grid-template: auto 1fr / 1.2rem 1fr; row-gap: .4rem; align-items: end; }
+svg { width: 100%; height: 6rem; grid-row: span 2; border-block: 1px solid #8886; scale: 1 -1; }
+path { fill: none; stroke: CanvasText; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+#guided { stroke: #b98900; stroke-dasharray: 6 4; } #reward_unguided { stroke: var(--above); }
+form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; } #slider { flex: 1; }
+.row { display: flex; flex-flow: wrap; align-items: baseline; border-top: 1px solid #8884; }
+.text { flex: 1 1 18rem; max-height: 16rem; overflow: auto; white-space: pre-wrap;
+  padding-right: 1em; font: .92em/1.9 ui-monospace, Menlo, Consolas, monospace; }
+.token { margin-right: 1px; padding-bottom: 1px; unicode-bidi: isolate; color: CanvasText;
+  background: color-mix(in srgb, var(--hue) calc(50% * var(--share)), transparent); }
+.token:hover, .token:focus { outline: 2px solid; }
+.inside { border-bottom: 2px solid #b98900; } .outside { border-bottom: 2px dotted #b98900; }
+#status { position: sticky; bottom: 0; padding: 9px 0; background: Canvas; border-top: 1px solid; }
+</style>
+<h1>TRAPO, token by token</h1><p id="about"></p>
+<figure>1<svg id="curves" role="img" preserveAspectRatio="none"><path id="now"/>
+  <path id="guided"/><path id="reward_unguided"/></svg><span>0</span>
+  <figcaption id="caption" style="grid-column: span 2"></figcaption></figure>
+<form><button type="button" onclick="show(-1)" aria-label="previous step">←</button>
+  <button type="button" onclick="show(1)" aria-label="next step">→</button>
+  <label for="slider">step <output id="step"></output></label>
+  <input type="range" id="slider" value="0" oninput="show(0)">
+  <label>prompt <select id="prompt" onchange="show(0)"></select></label></form>
+<p id="legend"></p><main id="group"></main><p id="status" role="status"></p>
+<script>  // what a run says becomes textContent, never HTML
+const run = RUN, steps = Object.values(Object.groupBy(run.groups, group => group.step));
+const $ = id => document.getElementById(id), trace = (id, d) => $(id).setAttribute("d", d);
+const add = (to, tag, more) => Object.assign(to.appendChild(document.createElement(tag)), more);
+const number = x => String(+x.toPrecision(2)).replace(/^(-?)0\./, "$1.").replace("-", "−");
+const seen = text => text.replace(/\n/g, "⏎\n").replace(/^ +$/, s => s.replace(/ /g, "␣")) || "∅";
+function token(line, text, expert, logprob, weight) {
+  const p = Math.exp(logprob ?? NaN), hue = expert ? "expert" : weight > 0 ? "above" : "below";
+  const side = !expert || isNaN(p) ? "" : p >= run.alpha ? "inside" : "outside";
+  const about = `token "${seen(text).trim()}": the ${expert ? "expert's" : "policy's own"}, p `
+    + (isNaN(p) ? "not known" : `= ${number(p)}`) + (side && `, ${side} the trust region`)
+    + `, weight ${number(weight)}` + (expert ? " of SFT's" : weight ? ", its advantage" : "");
+  return add(line, "span", {textContent: seen(text), className: `token ${side}`, about,
+    style: `--hue: var(--${hue}); --share: ${weight && .15 + .85 * Math.abs(weight)}`});
+}
+function help(m, guided, mean) {  // what decided on it for micro-group m
+  const t = run.thresholds[m], share = `${number(100 * run.ratios[m])} % of the solution`;
+  const test = `mean return so far ${number(mean)} ${mean < t ? "<" : "is not <"} ${number(t)}`;
+  return t <= 0 ? "no help" : mean >= t ? `${test}: no help` : !guided ? `${test}, but no solution`
+    : t > 1 ? `always gets ${share}` : `${test}, so it gets ${share}`;
+}
+function show(by) {  // the kept step so many further on, and the chosen one of its prompts
+  $("slider").valueAsNumber += by;
+  const groups = steps[$("slider").value], step = groups[0].step;
+  const {prompt, rollouts} = groups[$("prompt").selectedIndex] ?? groups[0];
+  const at = points => points.filter(([x]) => x === step).map(([, y]) => number(y))[0] ?? "none";
+  $("step").textContent = $("slider").ariaValueText = step;
+  $("caption").textContent = $("curves").ariaLabel = `Step ${step}: unguided reward (solid) `
+    + `${at(run.reward_unguided)}, share guided (dashed) ${at(run.guided)}; running means`;
+  $("status").textContent = "Point at a token, or Tab to a line and walk it with ← and →.";
+  trace("now", `M${step} 0V1`);
+  $("group").replaceChildren();
+  add($("group"), "p", {className: "text", textContent: prompt});
+  run.sizes.forEach((_, m) => {
+    const drawn = rollouts.filter(r => r.micro_group === m + 1), guided = drawn.some(r => r.expert);
+    const before = rollouts.filter(r => r.micro_group <= m);
+    const mean = before.reduce((sum, r) => sum + r.reward, 0) / (before.length || 1);
+    add($("group"), "h2", {textContent: `micro-group ${m + 1}: ${help(m, guided, mean)}`});
+    for (const r of drawn) {
+      const row = add($("group"), "div", {className: "row"}), sign = r.advantage > 0 ? "+" : "";
+      const line = add(row, "div", {className: "text", role: "listbox", ariaLabel: "rollout"});
+      r.text.forEach((text, i) => Object.assign(token(line, text, i < r.expert, r.logprob[i],
+        r.weight[i]), {role: "option", tabIndex: i && -1}));  // Tab stops once a line
+      row.append(`reward ${number(r.reward)}, A ${sign}${number(r.advantage)}`);
+    }
+  });
+}
+document.onkeydown = event => {  // on a token along its line, elsewhere along the steps
+  const by = {ArrowLeft: -1, ArrowRight: 1}[event.key], on = event.target;
+  if (!by || event.altKey || on.matches("input, select")) return;
+  on.about ? (by < 0 ? on.previousSibling : on.nextSibling)?.focus() : show(by);
+};
+for (const kind of ["pointerover", "focusin"]) $("group").addEventListener(kind, event =>
+  $("status").textContent = event.target.about ?? $("status").textContent);
+for (const [text, ...more] of [["the expert's, p ≥ α", 1, 0, 1], ["p < α: outside the trust region",
+  1, -99, .1], ["the policy's own, A > 0", 0, 0, .5], ["A < 0", 0, 0, -.5], ["A = 0", 0, 0, 0]])
+  $("legend").append(token($("legend"), text, ...more), " ");
+for (const i in steps[0]) add($("prompt"), "option", {textContent: +i + 1});
+for (const id of ["reward_unguided", "guided"]) trace(id, run[id].join("L").replace(/^./, "M$&"));
+$("about").textContent = `${run.method} on ${run.dataset}, seed ${run.seed}, α = ${run.alpha}`;
+$("curves").setAttribute("viewBox", `0 0 ${run.guided.at(-1)[0]} 1`);
+$("slider").max = steps.length - 1;
+show(0);
+</script>"""
+
+def look(args: Namespace) -> None:
+    """`eval.py look`: write rollouts.html, which holds all that it shows and loads nothing."""
+    settings, _, curves = read_run(args.folder)
+    path, page = Path(args.folder, "rollouts.jsonl"), Path(args.folder, "rollouts.html")
+    with explained(f"show {path}", "delete the lines that are damaged"):
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be torn
+        groups = sorted(map(json.loads, lines), key=lambda group: group["step"])
+        for r in (r for group in groups for r in group["rollouts"]):
+            if not len(r["text"]) == len(r["logprob"]) == len(r["weight"]) >= r["expert"]:
+                raise ValueError("a line is no group of rollouts")
+    if not groups:
+        raise InputError(f"{path}: the run kept no rollouts yet: it does when it evaluates")
+    run = {key: settings[key] for key in SHOWN} | {"groups": groups}
+    run |= {key: list(curves[name].dropna().items()) for key, name in CURVES.items()}
+    with explained(f"write {page}", "free space there"):
+        trapo.write_whole(page, PAGE.replace("RUN", json.dumps(run).replace("<", "\\u003c"), 1))
+    print(f"open {page} in a browser")
+
+# ==== Part 6. Speed and memory of trapo.py's own training steps, on random prompts and experts and
 # with a coin for a reward. No response ends before its limit, so that the work is known.
 SHAPES = {  # width, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
     "random:Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
@@ -432,7 +550,7 @@ def speed(args: Namespace) -> None:
     print(f"median (least to most) of {args.repeat} repetitions; prompts of {prompt}, responses of "
           f"{new} tokens; matrix product: {peak:.3g} FLOP/s")
 
-# ==== Part 6. The command line.
+# ==== Part 7. The command line.
 def count(text: str) -> int:
     """A whole number from 1 on: argparse reports a ValueError as one of the flag."""
     if int(text) < 1:
@@ -460,6 +578,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--against", help="also the differences to this method, paired by seed")
     add("--plot", help="draw learning curves into this file")
     add("--markdown", action="store_true", help="tables in markdown")
+    commands.add_parser("look", help="a run's rollouts, as a page").add_argument("folder")
     add = commands.add_parser("speed", help="speed; takes trapo.py's flags too").add_argument
     add("--model", help=f"{', '.join(SHAPES)}; or as trapo.py's --model")
     add("--prompts", type=count, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
@@ -470,7 +589,7 @@ def main(argv: list[str] | None = None) -> None:
         args, args.rest = parser.parse_known_args(argv)
         if args.rest and args.command != "speed":
             raise InputError(f"{args.command} knows no {' '.join(args.rest)}")
-        {"model": evaluate, "runs": compare, "speed": speed}[args.command](args)
+        {"model": evaluate, "runs": compare, "look": look, "speed": speed}[args.command](args)
     except (InputError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'stopped; the same command continues'}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None

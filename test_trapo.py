@@ -24,11 +24,13 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import threading
+import urllib.request
 from argparse import Namespace
 from collections import Counter, defaultdict
 from dataclasses import fields, replace
@@ -2672,7 +2674,7 @@ def refused(argv, capsys):
 def test_help_is_a_screen_a_subcommand(capsys, monkeypatch):
     """At most 30 lines of 100 columns."""
     monkeypatch.setenv("COLUMNS", "100")
-    for command in ("model", "runs", "speed"):
+    for command in ("model", "runs", "look", "speed"):
         assert len(help_of(command, capsys).splitlines()) <= 30
 
 def test_bad_input_is_refused_in_one_line(stand_in, few, capsys, monkeypatch):
@@ -2760,6 +2762,207 @@ def test_a_full_disk_is_said_in_one_line(stand_in, few, capsys, monkeypatch):
     line = refused(("model", stand_in, *FEW, "--out", "out"), capsys)
     assert "samples-few-4.jsonl" in line and "No space left" in line
     assert len(evaluation.read_saved(Path("out"))[1]) == 4
+
+# ---- The page of a run's rollouts
+
+HOSTILE = "</script><script>document.title = 1</script><img src=x onerror=document.title=2>"
+
+def write_rollouts(name, steps=(5, 10), text=" 7"):
+    """A run that kept two groups a step: of a hard prompt, and of an easy one, all right."""
+    def rollout(m, expert, reward, advantage, text, probabilities, weight):
+        return {"micro_group": m, "reward": reward, "advantage": advantage, "expert": expert,
+                "text": text, "logprob": [p and math.log(p) for p in probabilities],
+                "weight": weight}
+
+    wrong = rollout(1, 0, 0.0, -0.5, ["#", text], [0.5, 0.2], [-0.5, -0.5])
+    helped = rollout(2, 2, 1.0, 0.5, ["d", " +5", "\n"], [0.5, 0.03, 0.2], [1.0, 0.3, 0.5])
+    given = [rollout(m, 1, 1.0, 0.5, ["d"], [0.5], [1.0]) for m in (3, 4)]
+    easy = [rollout(m, 0, 1.0, 0.0, [" "], [None], [0.0]) for m in (1, 1, 1, 1, 2, 2, 3, 4)]
+    groups = [{"step": step, "prompt": prompt, "rollouts": rollouts} for step in steps for
+              prompt, rollouts in (("hard", [wrong] * 4 + [helped] * 2 + given), (text, easy))]
+    Path(write_run(name, "trapo", 0, 0.5), "rollouts.jsonl").write_text(
+        "".join(json.dumps(group) + "\n" for group in groups) + '{"cut')
+    return groups
+
+def looked_at(name):
+    """The page that `eval.py look` writes."""
+    evaluation.main(["look", name])
+    return Path(name, "rollouts.html").read_text()
+
+def test_look_writes_a_page_that_holds_the_rollouts_and_loads_nothing(capsys):
+    """Text of a run cannot end the script that holds it; the last line may be torn."""
+    groups = write_rollouts("a", text=HOSTILE)
+    page = looked_at("a")
+    assert capsys.readouterr().out == "open a/rollouts.html in a browser\n"
+    assert page.count("<script") == page.count("</script") == 1 and "<img" not in page
+    assert not re.search("https?:|//[a-z]|@import|url[(]|src=(?!x)", page)
+    held = json.loads(re.search("const run = (.*), steps =", page)[1])
+    assert held["groups"] == groups and held["alpha"] == 0.1 and held["sizes"] == [4, 2, 1, 1]
+    assert held["reward_unguided"] == [[1, 0.9], [2, 0.5]]
+
+@pytest.mark.parametrize("text, word", [
+    (None, "no rollouts yet"), ("", "no rollouts yet"), ('{"step": 5', "no rollouts yet"),
+    ("{\n", "delete"), ("[1]\n", "delete"), ("{}\n", "delete"), ('{"step": 5}\n', "delete"),
+    ('{"step": 5, "rollouts": [{"text": ["a"], "logprob": [], "weight": [1], "expert": 0}]}\n',
+     "no group"), ("Où\n", "delete")])
+def test_look_refuses_what_it_cannot_show_in_one_line(text, word, capsys):
+    """No rollouts, damaged ones, no run, and a page that cannot be written."""
+    path = Path(write_run("a", "trapo", 0, 0.5), "rollouts.jsonl")
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    line = refused(("look", "a"), capsys)
+    assert word in line and "a/rollouts.jsonl" in line and not Path("a/rollouts.html").exists()
+    assert "nowhere" in refused(("look", "nowhere"), capsys)
+    write_rollouts("a")
+    Path("a/rollouts.html").mkdir()
+    assert "cannot write a/rollouts.html" in refused(("look", "a"), capsys)
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """(command, path, ...) -> what a real browser answers: the WebDriver protocol over HTTP."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs a browser: apt install chromium chromium-driver")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             "--no-first-run", f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]
+    wanted = {"goog:loggingPrefs": {"browser": "ALL"},
+              "goog:chromeOptions": {"binary": chromium, "args": flags}}
+    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL) as process:
+        started = next(line for line in process.stdout if "successfully on port" in line)
+        root = f"http://127.0.0.1:{re.search('port ([0-9]+)', started)[1]}/session"
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+        def call(path, method="POST", **body):
+            data = json.dumps(body).encode() if method == "POST" else None
+            with direct.open(urllib.request.Request(root + path, data, method=method)) as answer:
+                return json.load(answer)["value"]
+
+        session = "/" + call("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        try:
+            yield lambda path, **body: call(session + path, **body)
+        finally:
+            call(session, "DELETE")
+            process.terminate()
+
+class Page:
+    """A page of the disk in a browser window of that width."""
+    def __init__(self, browser, path, width=900, dark=False):
+        self.browser = browser
+        for command, params in (
+                ("setDeviceMetricsOverride", {"width": width, "height": 800, "mobile": False,
+                                              "deviceScaleFactor": 1}),
+                ("setEmulatedMedia", {"features": [{
+                    "name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})):
+            browser("/goog/cdp/execute", cmd=f"Emulation.{command}", params=params)
+        browser("/url", url=Path(path).absolute().as_uri())
+
+    def run(self, script):
+        return self.browser("/execute/sync", script=script, args=[])
+
+    def text(self, name):
+        return self.run(f"return document.getElementById('{name}').textContent")
+
+    def element(self, selector):
+        return self.browser("/element", using="css selector", value=selector)
+
+    def press(self, selector, key):
+        (name,) = self.element(selector).values()
+        self.browser(f"/element/{name}/value", text=key)
+
+    def point_at(self, selector):
+        move = {"type": "pointerMove", "origin": self.element(selector), "x": 0, "y": 0}
+        self.browser("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
+
+    def errors(self):
+        return self.browser("/se/log", type="browser")
+
+LEFT, RIGHT = "\ue012", "\ue014"
+
+def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs(browser):
+    """By pointer and by keyboard: p and weight of an expert's token outside the trust region."""
+    write_rollouts("a")
+    looked_at("a")
+    page = Page(browser, "a/rollouts.html")
+    headings = "return [...document.querySelectorAll('h2')].map(h => h.textContent)"
+    assert page.run(headings) == [
+        "micro-group 1: no help",
+        "micro-group 2: mean return so far 0 < .5, so it gets 20 % of the solution",
+        "micro-group 3: mean return so far .33 < .7, so it gets 50 % of the solution",
+        "micro-group 4: mean return so far .43 < .9, so it gets 100 % of the solution"]
+    row = ".row:nth-of-type(5) "  # the first one helped
+    told = 'token "+5": the expert\'s, p = .03, outside the trust region, weight .3 of SFT\'s'
+    page.point_at(row + ".token:nth-child(2)")
+    assert page.text("status") == told
+    page.point_at(row + ".token:nth-child(3)")
+    assert page.text("status") == (
+        'token "⏎": the policy\'s own, p = .2, weight .5, its advantage')
+    page.press(row + ".token:nth-child(1)", RIGHT)  # walks on to the second
+    assert page.text("status") == told and page.text("step") == "5"
+    page.press("#prompt", "2")
+    assert page.run(headings)[3] == "micro-group 4: mean return so far 1 is not < .9: no help"
+    page.point_at(".token[role]")
+    assert page.text("status") == 'token "␣": the policy\'s own, p not known, weight 0'
+    assert page.errors() == []
+
+def test_look_in_a_browser_steps_by_keys_and_buttons(browser):
+    """The slider, the page and the buttons; at an end they stay there. The prompt is kept."""
+    write_rollouts("a", (5, 10, 120))
+    looked_at("a")
+    page = Page(browser, "a/rollouts.html")
+    page.press("#prompt", "2")
+    for selector, key, step in (("#slider", RIGHT, "10"), ("body", RIGHT, "120"),
+                                ("body", RIGHT, "120"), ("#slider", LEFT, "10"),
+                                ("button", " ", "5"), ("button", " ", "5"),
+                                ("button + button", " ", "10")):
+        page.press(selector, key)
+        assert page.text("step") == step and page.text("caption").startswith(f"Step {step}:")
+        assert page.run("return document.getElementById('prompt').value") == "2"
+    assert page.errors() == []
+
+@pytest.mark.parametrize("width", [360, 900])
+def test_look_in_a_browser_shows_text_as_text_and_never_scrolls_sideways(browser, width):
+    """Markup does nothing; long tokens wrap; a long rollout is a window of its own."""
+    groups = write_rollouts("a", text=HOSTILE + "x" * 400)
+    write_settings("a", dataset=f"/{'long' * 100}.jsonl")
+    long = groups[0]["rollouts"][0]
+    for key in ("text", "logprob", "weight"):
+        long[key] = long[key] * 400
+    with Path("a/rollouts.jsonl").open("w") as file:
+        file.writelines(json.dumps(group) + "\n" for group in groups)
+    looked_at("a")
+    page = Page(browser, "a/rollouts.html", width)
+    assert page.run("return document.title") == "TRAPO, token by token"
+    assert HOSTILE in page.text("group")
+    assert page.run("return document.querySelectorAll('img, #group script').length") == 0
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    assert page.run("return document.querySelector('.row').clientHeight") < 400
+    assert page.errors() == []
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_look_in_a_browser_has_enough_contrast_in_light_and_dark(browser, dark):
+    """WCAG's ratio of every text to what is behind it: at least 4.5."""
+    def channels(colour):  # "rgb(1, 2, 3)" or "color(srgb 0.1 0.2 0.3 / 0.5)"
+        numbers = [float(x) for x in re.findall("[0-9.e-]+", colour.removeprefix("color(srgb"))]
+        return [x / 255 for x in numbers[:3]] + numbers[3:] if "rgb(" in colour else numbers
+
+    def luminance(rgb):
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
+        return sum(x * weight for x, weight in zip(linear, (0.2126, 0.7152, 0.0722)))
+
+    write_rollouts("a")
+    looked_at("a")
+    page = Page(browser, "a/rollouts.html", dark=dark)
+    *pairs, (_, behind) = page.run(
+        "return [...document.querySelectorAll('.token, h1, h2, p, label, .row, #status')].map("
+        "e => getComputedStyle(e)).map(style => [style.color, style.backgroundColor])")
+    behind = channels(behind)
+    assert (luminance(behind) < 0.1) == dark and len(pairs) > 20
+    for text, fill in pairs:
+        *fill, share = (*channels(fill.replace("rgba", "rgb")), 1)[:4]
+        fill = [share * x + (1 - share) * y for x, y in zip(fill, behind)]
+        low, high = sorted((luminance(channels(text)[:3]), luminance(fill)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, fill)
 
 
 # ==== A really pretrained model: SmolLM2-135M-Instruct, made by .ci/smollm2.py ===================
