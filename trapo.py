@@ -430,7 +430,7 @@ def train(args: Settings) -> None:
     if progress.step == 0 and task.heldout:
         log({"eval": evaluate(sampler, task, args, whole=True)})
     with caught_signals() as signals:
-        bar = tqdm(range(progress.step, args.steps), title(args), disable=RANK > 0)
+        bar = tqdm(range(progress.step, args.steps), args.out, disable=RANK > 0)
         for step in bar:
             metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
             progress.step, last = step + 1, step + 1 == args.steps
@@ -440,7 +440,7 @@ def train(args: Settings) -> None:
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
                 show_group(groups, tokenizer, args)
             log(metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
-            bar.set_postfix_str(in_short(metrics), refresh=False)
+            bar.set_postfix({key: metrics[key] for key in SHOWN}, refresh=False)
             stop = any(gather(bool(signals) or progress.skipped == 3))  # in any process
             if stop or last or progress.step % args.save_every == 0:
                 save(policy, tokenizer, optimizer, progress, args)
@@ -1226,6 +1226,8 @@ def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
         raise SystemExit(130)
 
 # ==== Part 10. Metrics, evaluation, printing: what the loop reports.
+SHOWN = ("loss", "reward_unguided", "guided")  # by the progress bar
+
 def say(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
     if RANK == 0:
@@ -1323,18 +1325,6 @@ def as_record(group: list[Rollout], tokenizer, args: Settings) -> dict:
                      "expert": len(r.prefix), "text": text, "weight": short(weights.tolist()),
                      "logprob": short(r.logprobs or [None] * len(r.prefix) + r.sampler_logprobs)})
     return {"prompt": tokenizer.decode(group[0].prompt), "rollouts": kept}
-
-def title(args: Settings) -> str:
-    """What the progress bar says is going on."""
-    return "pretraining the base" if args.dataset == "clock-corpus" else args.method
-
-def in_short(metrics: dict) -> str:
-    """A step's metrics for the progress bar."""
-    shown = {"loss": "loss", "reward_unguided": "right alone", "guided": "helped"}
-    if metrics["reward_unguided"] is None:  # SFT: all is the expert's
-        shown = {"loss": "loss"}
-    return ", ".join(f"{word} {metrics[key]:.2f}" for key, word in shown.items()
-                     if metrics[key] is not None)
 
 def tell(out: Path) -> None:
     """What a run came to, from metrics.jsonl: held-out accuracy, success alone, help, and loss."""
