@@ -29,7 +29,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import urllib.request
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -52,9 +51,9 @@ import trapo
 from trapo import (ALWAYS, METHODS, PREFIX_LOSSES, InputError, MicroGroup, Problem, Rollout,
                    Settings, Task, accumulate_gradients, checkpoints, clock_model, clock_task,
                    draw_tokens, expert_prefix, group_advantages, is_guided, is_inert, load_policy,
-                   load_rows, luffy_loss, main, make_problems, math_reward, math_task,
-                   micro_batches, parse_args, policy_gradient_loss, sample, sample_groups,
-                   token_logprobs, train_step, trsft_loss)
+                   load_rows, luffy_loss, main, make_problems, math_task, micro_batches, parse_args,
+                   policy_gradient_loss, sample, sample_groups, token_logprobs, train_step,
+                   trsft_loss)
 
 torch.set_num_threads(1)  # tiny matrices: more threads would only wait for each other
 pytestmark = pytest.mark.filterwarnings("error")
@@ -1283,6 +1282,10 @@ def read(tokenizer, *rows, **limits):
     return [(tokenizer.decode(p.prompt_ids), [tokenizer.decode(s) for s in p.solutions], p.answer)
             for p in make_problems(rows, tokenizer, args)]
 
+def math_reward(response, answer):
+    """1.0 or 0.0: grade's verdict without its note."""
+    return trapo.grade(response, answer)[0]
+
 @pytest.mark.parametrize("response, answer, reward", [
     ("So \\boxed{72}", "72", 1.0), ("So \\boxed{71}", "72", 0.0), ("The answer is 72.", "72", 1.0),
     ("\\boxed{\\frac{1}{2}}", "0.5", 1.0), ("\\boxed{0.5}", "\\frac{1}{2}", 1.0),
@@ -1293,24 +1296,6 @@ def read(tokenizer, *rows, **limits):
 def test_math_reward_is_one_for_an_equal_answer_and_never_raises(response, answer, reward):
     """Math-Verify's verdict on fractions, tuples, nonsense and broken LaTeX."""
     assert math_reward(response, answer) == reward
-
-def test_a_response_that_takes_the_parser_too_long_is_wrong(monkeypatch):
-    """Math-Verify's TimeoutException, which is no Exception, does not stop the training."""
-    from math_verify.errors import TimeoutException
-
-    def endless(*_, **__):
-        raise TimeoutException("too long")
-    monkeypatch.setattr("math_verify.parse", endless)
-    assert trapo.grade("\\boxed{9^{9^{9^9}}}", "73") == (0.0, "too long")
-
-def test_math_reward_works_from_a_thread():
-    """Where Math-Verify's own time limit, a signal, cannot be set."""
-    verdicts = []
-    texts = ["\\boxed{1234}", "\\boxed{4321}", "\\boxed{{{"]
-    worker = threading.Thread(target=lambda: verdicts.extend(math_reward(t, "1234") for t in texts))
-    worker.start()
-    worker.join()
-    assert verdicts == [1.0, 0.0, 0.0]
 
 GSM8K_ROWS = [{"question": f"Ann has {n} times 536 pens. How many?", "answer":
                f"She has {n}*536 = <<{n}*536={n * 536}>>{n * 536}.\n#### {n * 536:,}"}
@@ -2333,14 +2318,12 @@ def test_all_solutions_of_gsm8ks_test_set_verify():
                for _, solutions, answer in map(trapo.read_row, rows)]
     assert rewards == [1.0] * len(rewards)
 
-def test_a_response_that_breaks_the_parser_is_wrong_and_says_so(monkeypatch):
-    """It is recorded as unreadable, and the evaluation goes on."""
-    broken = record("b", 0, 0, 1, response="\\boxed{no number here, said the parser}")
-    evaluation.report({}, [broken], Path("."))
-    monkeypatch.setattr("math_verify.parse", lambda *_, **__: [][0])
+def test_a_response_without_an_answer_is_wrong_and_says_so():
+    """It is recorded as unreadable."""
+    evaluation.report({}, [record("b", 0, 0, 1, response="colourless")], Path("."))
     evaluation.main(["model", "gone", "--rescore", "--out", "."])
-    (broken,) = evaluation.read_saved(Path("."))[1]
-    assert (broken["correct"], broken["note"]) == (0.0, "list index out of range")
+    (unreadable,) = evaluation.read_saved(Path("."))[1]
+    assert (unreadable["correct"], unreadable["note"]) == (0.0, "no answer found")
 
 # ---- Whole evaluations, of the stand-in for Qwen on a little file of five problems
 
