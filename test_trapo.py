@@ -1327,10 +1327,11 @@ def test_plain_rows_may_have_one_solution_several_or_none(tokenizer):
     rows = [{"problem": "P", "answer": 4}, {"problem": "P", "answer": "4", "solution": None},
             {"problem": "P", "answer": "4", "solution": "S"},
             {"problem": "P", "answer": "4", "solution": ["S", "", "T"]},
-            {"question": "P", "answer": "4", "solution": []}]
+            {"question": "P", "answer": "4", "solution": []},
+            {"problem": "P", "answer": "4", "solution": ""}]
     found = read(tokenizer, *rows)
     assert [solutions for _, solutions, _ in found] == [
-        [], [], ["S<|im_end|>"], ["S<|im_end|>", "T<|im_end|>"], []]
+        [], [], ["S<|im_end|>"], ["S<|im_end|>", "T<|im_end|>"], [], []]
     assert {answer for _, _, answer in found} == {"4"}
 
 def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
@@ -1345,20 +1346,16 @@ def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
     assert plain.strip() == asked and solutions[0].endswith("<|endoftext|>")
 
 @pytest.mark.parametrize("changes", [
-    {"answer": ""}, {"answer": None}, {"problem": " "}, {"solution": "  "}, {"solution": ""},
-    {"solution": [""]}, {"problem": "long " * 300}, {"solution": "long " * 300},
-    {"answer": ["1"]}, {"answer": {"a": 1}}, {"answer": True}, {"answer": math.nan},
-    {"answer": b"1"}, {"problem": ["P"]}, {"solution": {"a": "S"}},
-    {"solution": [["S"]]}, {"solution": ["S", False]}])
+    {"answer": ""}, {"answer": None}, {"problem": ""}, {"problem": None},
+    {"problem": "long " * 300}, {"solution": "long " * 300}])
 def test_rows_that_cannot_be_used_are_dropped_and_counted_in_one_line(changes, tokenizer, capsys):
-    """Nothing there, too long, or not meant as text: the other rows are kept."""
+    """Nothing there, or too long: the other rows are kept."""
     row = PLAIN_ROWS[0]
     assert len(read(tokenizer, row, row | changes, {"problem": "P", "answer": 4.5},
                     row | {"solution": ["long " * 300, "S"]}, max_response=200)) == 3
     (line,) = capsys.readouterr().out.splitlines()
     kept, dropped = line.split("dropped")
     assert "3 problems" in kept and sum(map(int, re.findall(r"\d+", dropped))) == 1
-    assert ("empty solution" in dropped) == (changes.get("solution") in ("", "  ", [""]))
 
 def test_lengths_of_exactly_the_limit_are_kept(tokenizer):
     """A prompt of max_prompt tokens, a solution of max_response with its EOS; one more is out."""
@@ -1416,13 +1413,12 @@ def test_sft_needs_solutions(tokenizer):
         task_of(tokenizer, bare, "--method", "sft")
 
 @pytest.mark.parametrize("text, words", [
-    (b'{"problem": "P", "text": "T"}', ["usable", "answer"]),  # the column that is missing
+    (b'{"problem": "P", "text": "T"}', ["column", "answer"]),  # the column that is missing
     (b"", ["rows.jsonl", "empty"]), (b"no JSON", ["rows.jsonl"]),
-    ('{"problem": "Größe?", "answer": "4"}'.encode("latin-1"), ["rows.jsonl", "UTF-8"]),
     (b'{"problem": "P", "answer": ""}', ["usable"]),
     (json.dumps(PLAIN_ROWS[0] | {"problem": "long " * 999}).encode(), ["prompt too long"])])
 def test_data_that_cannot_be_used_are_refused_in_one_line(text, words, stand_in, capsys):
-    """Missing columns, an empty file, no JSON, another encoding, and rows that are of no use."""
+    """Missing columns, an empty file, no JSON, and rows that are of no use."""
     Path("rows.jsonl").write_bytes(text)
     line = refusal(["--model", stand_in, "--dataset", "rows.jsonl", "--max-prompt", "500",
                     "--max-response", "500", "--device", "cpu"], capsys)
@@ -2663,7 +2659,6 @@ def test_help_is_a_screen_a_subcommand(capsys, monkeypatch):
 def test_bad_input_is_refused_in_one_line(stand_in, few, capsys, monkeypatch):
     """No such model, benchmark, column, run, method, flag: said in one line, exit code 2."""
     Path("bare.jsonl").write_text('{"problem": "1 + 1?"}\n')
-    Path("latin.jsonl").write_bytes('{"problem": "Où?", "answer": "1"}\n'.encode("latin-1"))
     Path("empty.jsonl").touch()
     a0, _, b0, _ = four_runs()
     model = ("model", stand_in, "--out", "out")
@@ -2671,7 +2666,7 @@ def test_bad_input_is_refused_in_one_line(stand_in, few, capsys, monkeypatch):
             (("model", "nowhere", "--on", "few.jsonl"), "nowhere"), (model, "--on"),
             ((*model, "--on", "gsm9k"), "gsm9k"), ((*model, "--on", "none.jsonl"), "none.jsonl"),
             ((*model, "--on", "few.csv"), "few.csv"), ((*model, "--on", "bare.jsonl"), "answer"),
-            ((*model, "--on", "latin.jsonl"), "UTF-8"), ((*model, "--on", "empty.jsonl"), "empty"),
+            ((*model, "--on", "empty.jsonl"), "empty"),
             ((*model, "--on", "aime25"), "math-ai/aime25"),
             ((*model, "--on", "few.jsonl", "few.jsonl"), "once"),
             ((*model, "--on", "few.jsonl", "--temperature", "-1"), "--temperature"),

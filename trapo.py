@@ -759,7 +759,7 @@ def load_rows(dataset: str, split: str = "train"):
         return load_dataset(KINDS[Path(dataset).suffix], data_files=glob.escape(dataset),
                             split="train")
 
-def read_row(row: dict) -> tuple[object, list, object]:
+def read_row(row: dict) -> tuple[object, list[str], object]:
     """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
 
     OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer with "####".
@@ -774,16 +774,9 @@ def read_row(row: dict) -> tuple[object, list, object]:
         solution, _, answer = re.sub(r"<<.*?>>", "", answer).rpartition("####")
         answer = answer.strip().replace(",", "")
         return problem, [f"{solution.strip()}\n\\boxed{{{answer}}}"], answer
-    solutions = row.get("solution")
-    if not isinstance(solutions, list):
-        solutions = [] if solutions is None else [solutions]
+    solutions = row.get("solution") or []
+    solutions = solutions if isinstance(solutions, list) else [solutions]
     return problem, solutions, answer
-
-def as_text(value: str | int | float | None) -> str:
-    """A text, a number as text, nothing as ""; ValueError for what was not meant as text."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
-        raise ValueError("neither text nor number")  # a list, True, NaN
-    return "" if value is None else str(value).strip()
 
 def prompt_tokens(problem: str, tokenizer) -> Tokens:
     """The problem with INSTRUCTION: a chat's first turn, or plain text for a model without chat."""
@@ -795,42 +788,35 @@ def prompt_tokens(problem: str, tokenizer) -> Tokens:
                                          add_generation_prompt=True)
     return tokenizer(chat, add_special_tokens=False).input_ids
 
-def make_problem(row: dict, tokenizer, args: Settings, heldout: bool) -> Problem:
-    """A row's Problem; ValueError says why it is of no use. Held-out rows need no solution."""
-    problem, solutions, answer = read_row(row)
-    texts = [] if heldout else [as_text(solution) for solution in solutions]
-    problem, answer = as_text(problem), as_text(answer)
-    if not problem or not answer:
-        raise ValueError("no problem or answer")
-    if texts and not any(texts):
-        raise ValueError("empty solution")
-    prompt_ids = prompt_tokens(problem, tokenizer)
-    if len(prompt_ids) > args.max_prompt:
-        raise ValueError("prompt too long")
-    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts if text]
-    short = [ids + [tokenizer.eos_token_id] for ids in encoded if len(ids) < args.max_response]
-    if texts and not short:
-        raise ValueError("solution too long")
-    return Problem(prompt_ids, short, answer)
-
 def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
                   heldout: bool = False) -> list[Problem]:
-    """Rows -> Problems. Unusable rows are dropped and counted; InputError if none is left.
-    A row without a solution stays, and is never guided."""
+    """Rows -> Problems; what is empty or too long is dropped and counted. Held-out ones need no
+    solution; others without one are never guided. InputError if nothing is left, or for a row of
+    another form."""
     problems, dropped = [], Counter()
-    with explained(f"use the rows of {args.dataset}", "give UTF-8, and a sound chat template"):
-        for row in rows:
-            try:
-                problems.append(make_problem(row, tokenizer, args, heldout))
-            except ValueError as error:
-                dropped[str(error)] += 1
-            except (LookupError, TypeError, AttributeError) as error:  # no such column or message
-                dropped[f"of another form ({brief(error)})"] += 1
+    for row in rows:
+        try:
+            problem, solutions, answer = read_row(row)
+        except KeyError as error:
+            raise InputError(f"{args.dataset}: a row has no column {error}") from None
+        problem, answer = ("" if x is None else str(x).strip() for x in (problem, answer))
+        prompt_ids = prompt_tokens(problem, tokenizer)
+        texts = [] if heldout else [(text or "").strip() for text in solutions]
+        encoded = [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+                   for text in texts if text]
+        short = [ids for ids in encoded if len(ids) <= args.max_response]
+        if not problem or not answer:
+            dropped["no problem or answer"] += 1
+        elif len(prompt_ids) > args.max_prompt:
+            dropped["prompt too long"] += 1
+        elif encoded and not short:
+            dropped["solution too long"] += 1
+        else:
+            problems.append(Problem(prompt_ids, short, answer))
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
-    say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row{' to hold out' * heldout} (dropped: "
-                         f"{counts}): see the README on columns and lengths")
+        raise InputError(f"{args.dataset} has no usable row; dropped: {counts}")
+    say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
     return problems
 
 def math_task(tokenizer, args: Settings) -> Task:
