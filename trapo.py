@@ -816,7 +816,8 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     if not problems:
         raise InputError(f"{args.dataset} has no usable row; dropped: {counts}")
-    say(f"{args.dataset}: {len(problems)} problems{' held out' * heldout}; dropped: {counts}")
+    kind = "held out" if heldout else f"({sum(bool(p.solutions) for p in problems)} with solutions)"
+    say(f"{args.dataset}: {len(problems)} problems {kind}; dropped: {counts}")
     return problems
 
 def math_task(tokenizer, args: Settings) -> Task:
@@ -827,18 +828,11 @@ def math_task(tokenizer, args: Settings) -> Task:
     if size:
         test = test.select(range(len(test) - size, len(test)))
         heldout = make_problems(test, tokenizer, args, heldout=True)
-    elif args.eval_size:
-        say(f"{args.dataset} has fewer than 10 rows: none is held out, nothing is evaluated")
     if args.dataset != "gsm8k":
         rows = rows.take(len(rows) - size)
     asked = {tuple(problem.prompt_ids) for problem in heldout}  # a file may hold a problem twice
     train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
-    if not train:
-        raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
-    if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
-        raise InputError(f"--method {args.method} trains on solutions alone, and {args.dataset} has"
-                         " none: give a file with a column 'solution'")
 
     def reward(problem: Problem, response: Tokens) -> float:
         return grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)[0]
@@ -905,9 +899,6 @@ def clock_task(tokenizer, args: Settings) -> Task:
     `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
     Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`.
     """
-    if not set(CLOCK_WORDS) <= tokenizer.get_vocab().keys():
-        raise InputError("--dataset clock needs a --model of the embedded experiment, or none")
-
     def reward(problem: Problem, response: Tokens) -> float:
         ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
         return float(response[-3:] == ending and response.count(ending[0]) == 1)
