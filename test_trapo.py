@@ -1137,7 +1137,7 @@ SMALL = dict(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_la
 SCALED = [transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0),
           transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
           transformers.CohereConfig(**SMALL, logit_scale=0.25),
-          transformers.MistralConfig(**SMALL, sliding_window=4)]
+          transformers.MistralConfig(**SMALL, sliding_window=4096)]
 
 @pytest.mark.parametrize("config", SCALED, ids=lambda config: config.model_type)
 def test_a_model_that_token_logprobs_or_sample_would_get_wrong_is_refused(config, tokenizer):
@@ -1145,7 +1145,7 @@ def test_a_model_that_token_logprobs_or_sample_would_get_wrong_is_refused(config
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained("scaled")
     tokenizer.save_pretrained("scaled")
-    with pytest.raises(InputError, match="full attention"):
+    with pytest.raises(InputError, match="attention slides|capped, scaled"):
         load_policy("scaled")
 
 def test_loaded_policies_have_fp32_master_weights(stand_in):
@@ -1212,13 +1212,6 @@ def with_nan(folder, _):
     safetensors.torch.save_file(state, "copied/model.safetensors", {"format": "pt"})
     return "copied"
 
-def with_few_embeddings(folder, tokenizer):
-    policy = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    policy.resize_token_embeddings(300)
-    policy.save_pretrained("few")
-    tokenizer.save_pretrained("few")
-    return "few"
-
 def with_a_broken_template(folder, tokenizer):
     return with_tokenizer(folder, copy.deepcopy(tokenizer), chat_template="{% for m in %}")
 
@@ -1236,9 +1229,8 @@ def empty(folder, _):
 
 @pytest.mark.parametrize("spoil, words", [
     (without_eos, ["EOS"]), (without_a_layer, ["lacks", "layers.1.mlp.up"]),
-    (with_nan, ["not finite"]), (with_few_embeddings, ["fewer embeddings"]),
-    (with_a_broken_template, ["copied"]), (cut_off, ["copied"]), (torn_config, ["copied"]),
-    (empty, ["empty"])])
+    (with_nan, ["not finite"]), (with_a_broken_template, ["copied"]), (cut_off, ["copied"]),
+    (torn_config, ["copied"]), (empty, ["empty"])])
 def test_a_model_that_is_not_whole_is_refused_in_one_line(
         spoil, words, stand_in, tokenizer, capsys, own_world):
     """Before it is trained on what is missing; by a line that says what is wrong."""
