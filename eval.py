@@ -203,7 +203,7 @@ def evaluate(args: Namespace) -> None:
     longest = max(len(p.prompt_ids) for problems in benchmarks.values() for p in problems)
     room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - longest
     args.max_tokens = args.max_tokens or max(1, run.get("max_response") or min(8192, room))
-    trapo.check_context(policy, longest + args.max_tokens, settings.device)
+    trapo.check_context(policy, longest + args.max_tokens)
     weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
     protocol = {key: getattr(args, key) for key in
                 ("temperature", "samples", "max_tokens", "limit", "seed", "chunk")}
@@ -518,7 +518,7 @@ def speed(args: Namespace) -> None:
     rng, prompt = numpy.random.default_rng(0), 64
     device, new, rates, rows = settings.device, settings.max_response, {}, {}
     policy = speed_model(args.model, device)
-    trapo.check_context(policy, prompt + new, device)
+    trapo.check_context(policy, prompt + new)
     sampler, optimizer = make_sampler(policy, settings), torch.optim.AdamW(policy.parameters())
     if settings.recompute:
         policy.activation_checkpointing_enable({"use_reentrant": False})

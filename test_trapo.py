@@ -1257,14 +1257,6 @@ def test_prompt_and_response_must_fit_into_the_models_context(stand_in, capsys):
     assert all(word in line for word in ("1024", "1025", "README")), line
     main([*flags, "--max-prompt", "800"])
 
-def test_rope_that_changes_with_the_length_is_refused_where_a_graph_is_captured(stand_in):
-    """On CUDA; on the CPU each step is computed anew."""
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    policy, _ = load_policy(like(stand_in, config={"rope_parameters": rope}))
-    trapo.check_context(policy, 1024, "cpu")
-    with pytest.raises(InputError, match="--device cpu"):
-        trapo.check_context(policy, 1024, "cuda")
-
 # ==== Part 7. Data and reward
 
 def read(tokenizer, *rows, **limits):

@@ -704,16 +704,12 @@ def check_policy(policy: nn.Module) -> None:
         if not torch.allclose(found, own, atol=1e-3, rtol=1e-3):
             raise ValueError("its logits are capped, scaled or not finite")
 
-def check_context(policy: nn.Module, tokens: int, device: str) -> None:
+def check_context(policy: nn.Module, tokens: int) -> None:
     """InputError if responses would run beyond what the model was made for (`tokens` in all)."""
     limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
     if tokens > limit:
         raise InputError(f"prompt and response may have {tokens} tokens, but the model's context is"
                          f" {limit}: lower their limits, or see 'Long contexts' in the README")
-    rope = (getattr(policy.config, "rope_parameters", None) or {}).get("rope_type")
-    if device == "cuda" and rope in ("dynamic", "longrope"):
-        raise InputError(f"RoPE of type '{rope}' changes with the length, and a CUDA graph cannot: "
-                         "use another model, or --device cpu")
 
 @dataclass
 class Task:
@@ -950,7 +946,7 @@ class Progress:
 def prepare(args: Settings) -> tuple:
     """All that stands before the first step: models, tokenizer, optimizer, task and progress."""
     policy, tokenizer, state = load_start(args)
-    check_context(policy, args.max_prompt + args.max_response, args.device)
+    check_context(policy, args.max_prompt + args.max_response)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
     if RANK == 0:  # what cannot be saved should not be trained first
         with explained(f"save this model to {args.out}", "free space, or mend its configuration"):
