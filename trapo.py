@@ -948,10 +948,6 @@ def prepare(args: Settings) -> tuple:
     policy, tokenizer, state = load_start(args)
     check_context(policy, args.max_prompt + args.max_response)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
-    if RANK == 0:  # what cannot be saved should not be trained first
-        with explained(f"save this model to {args.out}", "free space, or mend its configuration"):
-            for part in (policy.config, policy.generation_config, tokenizer):
-                part.save_pretrained(Path(args.out) / ".unfinished")
     sampler = make_sampler(policy, args)  # before sharding: it is whole
     policy.train()
     if args.recompute:
