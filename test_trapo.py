@@ -1651,7 +1651,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, 
     argv = tiny_run(base, "killed", *LONGER)
     for place, call in (("trapo sample", 1), ("trapo write_whole", 2), ("torch save", 1),
                         ("os fsync", 2), ("trapo refresh", 3), ("os replace", 4),
-                        ("trapo step_metrics", 2), ("shutil rmtree", 2), ("shutil copy", 2)):
+                        ("trapo step_metrics", 2), ("shutil rmtree", 1), ("shutil copy", 2)):
         resumed = ["--resume"] * Path("killed/settings.json").exists()
         child = in_a_process(die_at, place, call, [*argv, *resumed])
         child.join()
@@ -1704,25 +1704,6 @@ def test_a_ctrl_c_between_the_base_and_the_run_is_not_lost(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="130"):
         main("--base-steps 2 --steps 1 --eval-size 1 --device cpu --out runs/a".split())
     assert "interrupted" in capsys.readouterr().err and not checkpoints(Path("runs/a"))
-
-def test_a_damaged_newest_checkpoint_is_passed_over(base, capsys):
-    """The one before it is resumed, which is said, and the run comes out the same."""
-    flags = ("--steps", "3", "--save-every", "1")
-    main(tiny_run(base, "whole", *flags))
-    for damaged in ("model.safetensors", "trainer.pt"):
-        main(tiny_run(base, damaged, "--steps", "2", "--save-every", "1"))
-        path = Path(damaged, "checkpoint-2", damaged)
-        path.write_bytes(path.read_bytes()[:-40])
-        main([*tiny_run(base, damaged, *flags), "--resume"])
-        assert "checkpoint-2 is damaged" in capsys.readouterr().out
-        assert_same(damaged, "whole")
-    main("--resume --out trainer.pt --steps 3".split())
-    (Path("trainer.pt") / "checkpoint-3/model.safetensors").write_bytes(b"")
-    main("--resume --out trainer.pt --steps 2".split())  # nothing left to do but to publish it
-    assert weights("trainer.pt") == weights("trainer.pt/checkpoint-2")
-    for path in checkpoints(Path("whole")):
-        (path / "trainer.pt").write_bytes(b"")
-    assert "--overwrite" in refusal("--resume --out whole --steps 4", capsys)
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
                                    RuntimeError("file write failed")])

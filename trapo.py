@@ -945,7 +945,10 @@ class Progress:
 
 def prepare(args: Settings) -> tuple:
     """All that stands before the first step: models, tokenizer, optimizer, task and progress."""
-    policy, tokenizer, state = load_start(args)
+    saved = checkpoints(Path(args.out)) if args.resume else []
+    source = str(saved[-1]) if saved else args.model
+    policy, tokenizer = load_policy(source) if source else clock_model(args.seed)
+    state = torch.load(f"{source}/trainer.pt", weights_only=True, mmap=True) if saved else {}
     check_context(policy, args.max_prompt + args.max_response)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
     sampler = make_sampler(policy, args)  # before sharding: it is whole
@@ -977,21 +980,6 @@ def foretell(sampler: nn.Module, task: Task, args: Settings) -> None:
     if minutes > 1:
         say(f"A step may take up to {minutes:.0f} minutes here ({args.prompts} x {rows} rollouts, "
             f"each up to {args.max_response} tokens). Fewer: --prompts, --max-response, --bf16.")
-
-def load_start(args: Settings) -> tuple[nn.Module, object, dict]:
-    """(policy, tokenizer, trainer state) of the newest checkpoint that can be read, or of none."""
-    saved = checkpoints(Path(args.out)) if args.resume else []
-    for folder in reversed(saved):
-        try:
-            with explained(f"read {folder}/trainer.pt", "delete that checkpoint"):
-                state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True,
-                                   mmap=True)
-            return *load_policy(str(folder)), state
-        except InputError as error:
-            say(f"{folder} is damaged, trying the one before it: {error}")
-    if saved:
-        raise InputError(f"no checkpoint in {args.out} can be read: --overwrite the run")
-    return *(load_policy(args.model) if args.model else clock_model(args.seed)), {}
 
 def make_sampler(policy: nn.Module, args: Settings) -> nn.Module:
     """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16."""
@@ -1099,7 +1087,6 @@ def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Sett
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, from before a resume
         os.replace(temporary, final)
         for older in checkpoints(out)[:-2]:
             shutil.rmtree(older)
