@@ -425,28 +425,28 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
 
 def train(args: Settings) -> None:
     """The whole run: load or resume; then roll out, update, evaluate and save, step by step."""
-    policy, tokenizer, sampler, optimizer, task, progress = prepare(args)
-    log = open_log(args, progress)
-    if progress.step == 0 and task.heldout:
-        log({"eval": evaluate(sampler, task, args, whole=True)})
+    policy, tokenizer, sampler, optimizer, task, done = prepare(args)  # steps done, 0 or resumed
+    log, skipped = open_log(args, done), 0
+    if done == 0 and task.heldout:
+        log(done, {"eval": evaluate(sampler, task, args, whole=True)})
     with caught_signals() as signals:
-        bar = tqdm(range(progress.step, args.steps), args.out, disable=RANK > 0)
+        bar = tqdm(range(done, args.steps), args.out, disable=RANK > 0)
         for step in bar:
             metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
-            progress.step, last = step + 1, step + 1 == args.steps
-            progress.skipped = progress.skipped + 1 if metrics["grad_norm"] is None else 0
-            look = last or progress.step % args.eval_every == 0
+            done, last = step + 1, step + 1 == args.steps
+            skipped = skipped + 1 if metrics["grad_norm"] is None else 0  # in a row
+            look = last or done % args.eval_every == 0
             if look and task.heldout:
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
                 show_group(groups, tokenizer, args)
-            log(metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
+            log(done, metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
             bar.set_postfix({key: metrics[key] for key in SHOWN}, refresh=False)
-            stop = any(gather(bool(signals) or progress.skipped == 3))  # in any process
-            if stop or last or progress.step % args.save_every == 0:
-                save(policy, tokenizer, optimizer, progress, args)
+            stop = any(gather(bool(signals) or skipped == 3))  # in any process
+            if stop or last or done % args.save_every == 0:
+                save(policy, tokenizer, optimizer, done, args)
             if stop:
                 break
-        finish(args, progress, signals)
+        finish(args, done, skipped, signals)
 
 # ==== The workshop. This was TRAPO; below is what it runs on.
 #
@@ -932,19 +932,14 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float,
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
 # keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
 # Everything random comes from generators seeded with (seed, step), the order of the data too: so
-# weights, optimizer state and two counters are a run's whole state, and a run that was killed and
-# resumed equals one that was not, bit for bit.
+# weights, optimizer state and the number of steps are a run's whole state, and a run that was
+# killed and resumed equals one that was not, bit for bit.
 KEPT = 20_000_000  # bytes that rollouts.jsonl may have
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-@dataclass
-class Progress:
-    """How far a run is: steps done, and how many of the last updates in a row were skipped."""
-    step: int = 0
-    skipped: int = 0
-
 def prepare(args: Settings) -> tuple:
-    """All that stands before the first step: models, tokenizer, optimizer, task and progress."""
+    """What stands before the first step: models, tokenizer, optimizer, task, number of steps done.
+    """
     saved = checkpoints(Path(args.out)) if args.resume else []
     source = str(saved[-1]) if saved else args.model
     policy, tokenizer = load_policy(source) if source else clock_model(args.seed)
@@ -959,12 +954,12 @@ def prepare(args: Settings) -> tuple:
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas), weight_decay=0.0)
     if state.get("optimizer", {}).get("state"):  # empty if every update was skipped
         full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-    progress = Progress(state.get("step", 0), state.get("skipped", 0) % 3)
-    if progress.step > args.steps:
-        raise InputError(f"the run in {args.out} is at step {progress.step}: give --steps beyond")
+    step = state.get("step", 0)
+    if step > args.steps:
+        raise InputError(f"the run in {args.out} is at step {step}: give --steps beyond")
     if args.device == "cpu" and args.dataset not in CLOCKS:
         foretell(sampler, task, args)
-    return policy, tokenizer, sampler, optimizer, task, progress
+    return policy, tokenizer, sampler, optimizer, task, step
 
 def foretell(sampler: nn.Module, task: Task, args: Settings) -> None:
     """On a CPU, say what a step may take, from the first tokens of the first prompt's rollouts."""
@@ -1069,20 +1064,20 @@ def checkpoints(out: Path) -> list[Path]:
     found = (path for path in out.glob("checkpoint-*/") if path.name[11:].isdigit())
     return sorted(found, key=lambda path: int(path.name[11:]))
 
-def save(policy: nn.Module, tokenizer, optimizer, progress: Progress, args: Settings) -> None:
+def save(policy: nn.Module, tokenizer, optimizer, step: int, args: Settings) -> None:
     """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
     All processes must call it."""
     weights = full_state.get_model_state_dict(policy, options=WHOLE)
     state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
     out = Path(args.out)
-    final, temporary = out / f"checkpoint-{progress.step}", out / ".unfinished"
+    final, temporary = out / f"checkpoint-{step}", out / ".unfinished"
     if RANK:
         return
     with explained(f"save to {out}", "free space there, then --resume from the older checkpoint"):
         shutil.rmtree(temporary, ignore_errors=True)
         policy.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
-        torch.save({**dataclasses.asdict(progress), "optimizer": state}, temporary / "trainer.pt")
+        torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
         for path in [*temporary.iterdir(), temporary]:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
@@ -1097,23 +1092,23 @@ def write_whole(path: Path, text: str) -> None:
     temporary.write_text(text)
     os.replace(temporary, path)
 
-def open_log(args: Settings, progress: Progress) -> Callable[..., None]:
+def open_log(args: Settings, start: int) -> Callable[..., None]:
     """Write settings.json; a function that appends a step's metrics to metrics.jsonl, and groups
-    worth keeping to rollouts.jsonl. Both are cut back to the step now; --overwrite removes what
+    worth keeping to rollouts.jsonl. Both are cut back to step `start`; --overwrite removes what
     the old run left."""
     gather(0)  # nobody writes before everybody has read
     if RANK:
-        return lambda metrics, groups=(): None
+        return lambda step, metrics, groups=(): None
     out, last = Path(args.out), time.perf_counter()
     kept: dict[str, list[str]] = {"metrics.jsonl": [], "rollouts.jsonl": []}
-    for name in kept if progress.step else ():
+    for name in kept if start else ():
         path = out / name
         with explained(f"read {path}", "delete the lines that are damaged"):
             kept[name] = [line for line in path.read_text().splitlines(True)  # a kill may have
                           if line.endswith("}\n")                             # torn the last one
-                          and json.loads(line)["step"] <= progress.step] if path.exists() else []
-    if len(kept["metrics.jsonl"]) < progress.step:
-        say(f"{out}/metrics.jsonl lacks some of the first {progress.step} steps")
+                          and json.loads(line)["step"] <= start] if path.exists() else []
+    if len(kept["metrics.jsonl"]) < start:
+        say(f"{out}/metrics.jsonl lacks some of the first {start} steps")
     with explained(f"write to {out}", "free space there, then --resume"):
         for old in checkpoints(out) if args.overwrite else ():  # before the settings: a kill in
             shutil.rmtree(old)                                  # between must not mix two runs
@@ -1125,33 +1120,33 @@ def open_log(args: Settings, progress: Progress) -> Callable[..., None]:
         for name, lines in kept.items():
             write_whole(out / name, "".join(lines))
 
-    def log(metrics: dict, groups: Iterable[dict] = ()) -> None:
+    def log(step: int, metrics: dict, groups: Iterable[dict] = ()) -> None:
         nonlocal last
         before, last = last, time.perf_counter()
-        metrics |= {"seconds": last - before, "updates_skipped_in_a_row": progress.skipped}
+        metrics |= {"seconds": last - before}
         with explained(f"write to {out}", "free space there, then --resume"):
             for name, lines in ("rollouts.jsonl", groups), ("metrics.jsonl", [metrics]):
                 with (out / name).open("a") as file:
                     for line in lines:
-                        text = json.dumps({"step": progress.step, **line}) + "\n"
+                        text = json.dumps({"step": step, **line}) + "\n"
                         if name == "metrics.jsonl" or file.tell() + len(text) < KEPT:
                             file.write(text)
     return log
 
-def finish(args: Settings, progress: Progress, signals: list[float]) -> None:
+def finish(args: Settings, step: int, skipped: int, signals: list[float]) -> None:
     """How a run ends: a complete one's model is copied into <out> itself, the weights last."""
     gather(0)  # rank 0 has saved: torchrun ends all processes when one has ended
     out, again = Path(args.out), f"python trapo.py --resume --out {args.out}"
-    if progress.skipped == 3:
+    if skipped == 3:
         say("three updates in a row were not finite; the weights from before them are saved: "
             f"{again} --lr <lower>")
         raise SystemExit(1)
-    if progress.step < args.steps:
+    if step < args.steps:
         again = "the same command" if args.dataset == "clock-corpus" else again
-        say(f"stopped after step {progress.step}; to go on: {again}")
+        say(f"stopped after step {step}; to go on: {again}")
         raise SystemExit(130)
     if RANK == 0:
-        saved = out / f"checkpoint-{progress.step}"
+        saved = out / f"checkpoint-{step}"
         files = [file for file in saved.iterdir() if file.name != "trainer.pt"]
         with explained(f"write to {out}", "free space there, then --resume"):
             for file in sorted(files, key=lambda file: "safetensors" in file.name):
