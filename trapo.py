@@ -1078,10 +1078,6 @@ def save(policy: nn.Module, tokenizer, optimizer, step: int, args: Settings) -> 
         policy.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
-        for path in [*temporary.iterdir(), temporary]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
         os.replace(temporary, final)
         for older in checkpoints(out)[:-2]:
             shutil.rmtree(older)
