@@ -1389,13 +1389,11 @@ def check_files(args: Settings) -> None:
     if inside and not args.resume:
         raise InputError(f"--model {args.model} lies in --out {out}: give another --out")
     run = (out / "settings.json").exists()
-    if not run and out.exists() and any(file.name[0] != "." for file in out.iterdir()):
-        raise InputError(f"{out} holds files that are no run of this program: give another --out")
     if args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out):
         raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
-    if run and not (args.resume or args.overwrite):
-        raise InputError(f"{out} already holds a run: --resume it, --overwrite it, or give another "
-                         "--out")
+    if out.exists() and any(out.iterdir()) and not (run and (args.resume or args.overwrite)):
+        raise InputError(f"{out} is not empty: --resume or --overwrite the run in it, or give "
+                         "another --out")
 
 def make_base(args: Settings) -> str:
     """The folder of the embedded experiment's base, pretrained once for a seed; and again, from
