@@ -1050,12 +1050,10 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         if RANK == 0:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"another run is writing to {folder}: give another --out") from None
-    try:
         gather(0)  # the others wait here
         yield
+    except BlockingIOError:
+        raise InputError(f"another run is writing to {folder}: give another --out") from None
     finally:
         os.close(handle)
 
