@@ -813,9 +813,7 @@ def math_task(tokenizer, args: Settings) -> Task:
     if size:
         test = test.select(range(len(test) - size, len(test)))
         heldout = make_problems(test, tokenizer, args, heldout=True)
-    if args.dataset != "gsm8k":
-        rows = rows.take(len(rows) - size)
-    asked = {tuple(problem.prompt_ids) for problem in heldout}  # a file may hold a problem twice
+    asked = {tuple(problem.prompt_ids) for problem in heldout}
     train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
 
