@@ -440,7 +440,7 @@ def train(args: Settings) -> None:
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
                 show_group(groups, tokenizer, args)
             log(done, metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
-            bar.set_postfix({key: metrics[key] for key in SHOWN}, refresh=False)
+            bar.set_postfix(loss=metrics["loss"], alone=metrics["reward_unguided"], refresh=False)
             stop = any(gather(bool(signals) or skipped == 3))  # in any process
             if stop or last or done % args.save_every == 0:
                 save(policy, tokenizer, optimizer, done, args)
@@ -1150,8 +1150,6 @@ def finish(args: Settings, step: int, skipped: int, signals: list[float]) -> Non
         raise SystemExit(130)
 
 # ==== Part 10. Metrics, evaluation, printing: what the loop reports.
-SHOWN = ("loss", "reward_unguided", "guided")  # by the progress bar
-
 def say(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
     if RANK == 0:
