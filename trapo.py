@@ -649,10 +649,8 @@ def explained(doing: str, remedy: str) -> Iterator[None]:
         raise InputError(f"cannot {doing} ({brief(error.__cause__ or error)}): {remedy}") from error
 
 def load_policy(name: str) -> tuple[nn.Module, object]:
-    """A causal LM with fp32 master weights on the CPU, and its tokenizer (by transformers).
-
-    From a local folder, a Hub id, or a bare Qwen name; InputError if it cannot be had or used.
-    """
+    """A causal LM with fp32 master weights on the CPU, and its tokenizer: from a local folder, a
+    Hub id, or a bare Qwen name. InputError if it cannot be had or used."""
     path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
     safe = {"trust_remote_code": False}
     with explained(f"use model '{name}' (tried a folder of that name and the Hub id {path})",
@@ -721,11 +719,8 @@ class Task:
 
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
-    """Math-Verify's verdict: (1.0 or 0.0, a note if the response holds no answer).
-
-    It catches its own errors, and what takes it longer than 5 seconds is wrong.
-    """
-    from math_verify import parse, verify
+    """Math-Verify's verdict: (1.0 or 0.0, a note if the response holds no answer)."""
+    from math_verify import parse, verify  # which catch their errors, and stop after 5 seconds
     found = parse(response)
     return float(verify(parse(f"${answer}$"), found)), "" if found else "no answer found"
 
@@ -745,11 +740,8 @@ def load_rows(dataset: str, split: str = "train"):
                             split="train")
 
 def read_row(row: dict) -> tuple[object, list[str], object]:
-    """(problem, solutions, answer) of a row in any of the three formats; KeyError for others.
-
-    OpenR1: prompt (chat messages), target, reward_model. GSM8K: question, answer with "####".
-    Plain: problem (or question), answer, perhaps solution, a text or a list.
-    """
+    """(problem, solutions, answer) of a row of OpenR1 (prompt, target, reward_model), GSM8K
+    (question, answer with "####"), or plain (problem or question, answer, perhaps solution)."""
     if "reward_model" in row:
         problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
         solutions = [re.sub(r"</?think>\n?", "", m["content"]) for m in row.get("target") or []]
@@ -878,10 +870,8 @@ def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool
 
 def clock_task(tokenizer, args: Settings) -> Task:
     """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
-
     `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
-    Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`.
-    """
+    Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`."""
     def reward(problem: Problem, response: Tokens) -> float:
         ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
         return float(response[-3:] == ending and response.count(ending[0]) == 1)
@@ -936,8 +926,7 @@ KEPT = 20_000_000  # bytes that rollouts.jsonl may have
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def prepare(args: Settings) -> tuple:
-    """What stands before the first step: models, tokenizer, optimizer, task, number of steps done.
-    """
+    """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
     saved = checkpoints(Path(args.out)) if args.resume else []
     source = str(saved[-1]) if saved else args.model
     policy, tokenizer = load_policy(source) if source else clock_model(args.seed)
