@@ -1248,7 +1248,7 @@ def test_prompt_and_response_must_fit_into_the_models_context(stand_in, capsys):
     flags = ["--model", stand_in, "--dataset", "rows.jsonl", "--steps", "1", "--prompts", "1",
              "--eval-size", "0", "--device", "cpu", "--method", "sft", "--max-response", "224"]
     line = refusal([*flags, "--max-prompt", "801"], capsys)
-    assert all(word in line for word in ("1024", "1025", "README")), line
+    assert all(word in line for word in ("1024", "1025", "running.md")), line
     main([*flags, "--max-prompt", "800"])
 
 # ==== Part 7. Data and reward
@@ -2806,7 +2806,7 @@ class Page:
     def errors(self):
         return self.browser("/se/log", type="browser")
 
-LEFT, RIGHT = "\ue012", "\ue014"
+ARROW_LEFT, ARROW_RIGHT = "\ue012", "\ue014"
 
 def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs(browser):
     """By pointer and by keyboard: p and weight of an expert's token outside the trust region."""
@@ -2826,7 +2826,7 @@ def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs(br
     page.point_at(row + ".token:nth-child(3)")
     assert page.text("status") == (
         'token "⏎": the policy\'s own, p = .2, weight .5, its advantage')
-    page.press(row + ".token:nth-child(1)", RIGHT)  # walks on to the second
+    page.press(row + ".token:nth-child(1)", ARROW_RIGHT)  # walks on to the second
     assert page.text("status") == told and page.text("step") == "5"
     page.press("#prompt", "2")
     assert page.run(headings)[3] == "micro-group 4: mean return so far 1 is not < .9: no help"
@@ -2840,8 +2840,8 @@ def test_look_in_a_browser_steps_by_keys_and_buttons(browser):
     looked_at("a")
     page = Page(browser, "a/rollouts.html")
     page.press("#prompt", "2")
-    for selector, key, step in (("#slider", RIGHT, "10"), ("body", RIGHT, "120"),
-                                ("body", RIGHT, "120"), ("#slider", LEFT, "10"),
+    for selector, key, step in (("#slider", ARROW_RIGHT, "10"), ("body", ARROW_RIGHT, "120"),
+                                ("body", ARROW_RIGHT, "120"), ("#slider", ARROW_LEFT, "10"),
                                 ("button", " ", "5"), ("button", " ", "5"),
                                 ("button + button", " ", "10")):
         page.press(selector, key)

@@ -430,7 +430,7 @@ def train(args: Settings) -> None:
     if done == 0 and task.heldout:
         log(done, {"eval": evaluate(sampler, task, args, whole=True)})
     with caught_signals() as signals:
-        bar = tqdm(range(done, args.steps), args.out, disable=RANK > 0)
+        bar = tqdm(range(done, args.steps), title(args), disable=RANK > 0)
         for step in bar:
             metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
             done, last = step + 1, step + 1 == args.steps
@@ -440,7 +440,7 @@ def train(args: Settings) -> None:
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
                 show_group(groups, tokenizer, args)
             log(done, metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
-            bar.set_postfix(loss=metrics["loss"], alone=metrics["reward_unguided"], refresh=False)
+            bar.set_postfix(in_short(metrics), refresh=False)
             stop = any(gather(bool(signals) or skipped == 3))  # in any process
             if stop or last or done % args.save_every == 0:
                 save(policy, tokenizer, optimizer, done, args)
@@ -707,7 +707,7 @@ def check_context(policy: nn.Module, tokens: int) -> None:
     limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
     if tokens > limit:
         raise InputError(f"prompt and response may have {tokens} tokens, but the model's context is"
-                         f" {limit}: lower their limits, or see 'Long contexts' in the README")
+                         f" {limit}: lower their limits, or see .github/running.md")
 
 @dataclass
 class Task:
@@ -774,8 +774,9 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     for row in rows:
         try:
             problem, solutions, answer = read_row(row)
-        except KeyError as error:
-            raise InputError(f"{args.dataset}: a row has no column {error}") from None
+        except (LookupError, TypeError, AttributeError) as error:  # no such column, or no message
+            raise InputError(f"{args.dataset}: a row lacks a column or has another form "
+                             f"({brief(error)}): see the README") from None
         problem, answer = ("" if x is None else str(x).strip() for x in (problem, answer))
         prompt_ids = prompt_tokens(problem, tokenizer)
         texts = [] if heldout else [(text or "").strip() for text in solutions]
@@ -808,6 +809,10 @@ def math_task(tokenizer, args: Settings) -> Task:
     asked = {tuple(problem.prompt_ids) for problem in heldout}
     train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
+    if not train:
+        raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
+    if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
+        raise InputError(f"--method {args.method} needs solutions, and {args.dataset} has none")
 
     def reward(problem: Problem, response: Tokens) -> float:
         return grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)[0]
@@ -930,7 +935,8 @@ def prepare(args: Settings) -> tuple:
     saved = checkpoints(Path(args.out)) if args.resume else []
     source = str(saved[-1]) if saved else args.model
     policy, tokenizer = load_policy(source) if source else clock_model(args.seed)
-    state = torch.load(f"{source}/trainer.pt", weights_only=True, mmap=True) if saved else {}
+    with explained(f"read {source}/trainer.pt", "delete that checkpoint"):
+        state = torch.load(f"{source}/trainer.pt", weights_only=True, mmap=True) if saved else {}
     check_context(policy, args.max_prompt + args.max_response)
     task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
     sampler = make_sampler(policy, args)  # before sharding: it is whole
@@ -1237,6 +1243,15 @@ def as_record(group: list[Rollout], tokenizer, args: Settings) -> dict:
                      "logprob": short(r.logprobs or [None] * len(r.prefix) + r.sampler_logprobs)})
     return {"prompt": tokenizer.decode(group[0].prompt), "rollouts": kept}
 
+def title(args: Settings) -> str:
+    """What the progress bar says is going on."""
+    return "pretraining the base" if args.dataset == "clock-corpus" else args.method
+
+def in_short(metrics: dict) -> dict:
+    """What of a step the progress bar shows; in SFT, where all is the expert's, only the loss."""
+    alone = {"alone": metrics["reward_unguided"], "helped": metrics["guided"]}
+    return {"loss": metrics["loss"]} | (alone if alone["alone"] is not None else {})
+
 def tell(out: Path) -> None:
     """What a run came to, from metrics.jsonl: held-out accuracy, success alone, help, and loss."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -1374,7 +1389,8 @@ def check_files(args: Settings) -> None:
     run = (out / "settings.json").exists()
     if args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out):
         raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
-    if out.exists() and any(out.iterdir()) and not (run and (args.resume or args.overwrite)):
+    found = out.exists() and any(file.name[0] != "." for file in out.iterdir())
+    if found and not (run and (args.resume or args.overwrite)):
         raise InputError(f"{out} is not empty: --resume or --overwrite the run in it, or give "
                          "another --out")
 
