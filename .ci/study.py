@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,13 +53,17 @@ def best_rate(method: str, after: bool = False) -> float:
         sys.exit(f"the grid of {method} is not finished: python .ci/study.py run grid")
     return max(GRID, key=lambda lr: sum(scores[lr]))
 
-def main_comparison() -> Iterator[dict]:
+def main_comparison(rate: Callable[..., float] = best_rate) -> Iterator[dict]:
     """Nine methods at equal steps, and SFT, then GRPO at twice; seeds that chose nothing."""
     for seed in range(11, 19):
         for method in METHODS:
-            yield {"method": method, "lr": best_rate(method), "seed": seed, "steps": STEPS}
+            yield {"method": method, "lr": rate(method), "seed": seed, "steps": STEPS}
         for steps in (STEPS // 2, STEPS):
-            yield sft_then_grpo(steps, lr=best_rate("grpo", after=True), seed=seed)
+            yield sft_then_grpo(steps, lr=rate("grpo", after=True), seed=seed)
+
+def at_one_rate() -> Iterator[dict]:
+    """The main comparison with all methods at the default learning rate, before any grid."""
+    return main_comparison(lambda method, after=False: 4e-4)
 
 def share_map() -> Iterator[dict]:
     """How often the base works on a question by itself, against what guidance is worth."""
@@ -74,7 +78,8 @@ def alphas() -> Iterator[dict]:
         yield {"method": "trapo", "lr": best_rate("trapo"), "seed": seed, "steps": STEPS,
                "alpha": alpha}
 
-PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas}
+PARTS = {"one-rate": at_one_rate, "grid": grid, "main": main_comparison, "map": share_map,
+         "alpha": alphas}
 
 def folder_of(flags: dict) -> Path:
     """A run's folder, by what it was asked."""
@@ -125,8 +130,8 @@ def summary(out: Path) -> dict:
         # Means of ten steps, in percent: a curve in few characters.
         "reward": [round(10 * sum(rewards[i:i + 10])) for i in range(0, len(rewards), 10)]
         if means else [],
-        **{key: [round(100 * sum(line[key] or 0 for line in steps[i:i + 10]) / 10)
-                 for i in range(0, len(steps), 10)]
+        **{key: [round(5 * sum(line[key] or 0 for line in steps[i:i + 20]))
+                 for i in range(0, len(steps), 20)]
            for key in ("guided", "prefix_outside_share", "entropy")}}
 
 def read(part: str) -> list[dict]:
@@ -184,13 +189,13 @@ def show_grid() -> None:
         texts = means.round(3).astype(str) + counts.map(lambda n: "" if n == 3 else f" (n={n:.0f})")
         print(table(texts))
 
-def show_main() -> None:
+def show_main(part: str) -> None:
     """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
-    found = frame("main")
+    found = frame(part)
     if not len(found):
         return
     groups = found.groupby("method", sort=False)
-    print(f"\n## Main comparison: {STEPS} steps, {found.seed.nunique()} seeds\n")
+    print(f"\n## Comparison ({part}): {STEPS} steps, {found.seed.nunique()} seeds\n")
     print(table(pandas.DataFrame({
         **{name: groups[name].agg(interval) for name in SETS},
         f"steps until {HALF}": groups.half.agg(until, last=STEPS),
@@ -270,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "show":
         show_grid()
-        return show_main()
+        return show_main("main" if read("main") else "one-rate")
     FOLDER.mkdir(parents=True, exist_ok=True)
     done = [line["flags"] for line in read(args.part)]
     wanted = [flags for flags in PARTS[args.part]() if flags not in done]
