@@ -282,7 +282,7 @@ def name_methods(runs: list[dict]) -> list[str]:
         is_base = first.get("dataset", "clock-corpus") == "clock-corpus"  # or no run's model
         stages = [run["method"]] if is_base else [first["method"], run["method"]]
         names.append(", then ".join(NAMES.get(stage, stage) for stage in stages))
-        run["model"] = Path(str(run["model"])).name.replace(f"seed{run['seed']}", "seed*")
+        run["model"] = Path(str(run["model"])).name.partition(f"seed{run['seed']}")[0]
     variants = list(names)
     for name in set(names):
         same = [i for i in range(len(runs)) if names[i] == name]
@@ -346,7 +346,7 @@ def draw(frame: pandas.DataFrame):
     return figure
 
 # ==== Part 5. A page to look at: the groups that a run kept, token by token.
-SHOWN = ("method", "dataset", "seed", "alpha", "sizes", "ratios", "thresholds")
+SHOWN = ("method", "dataset", "seed", "alpha", "prefix_loss", "sizes", "ratios", "thresholds")
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TRAPO, token by token</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
@@ -383,11 +383,12 @@ form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; } #slide
 const run = RUN, steps = Object.values(Object.groupBy(run.groups, group => group.step));
 const $ = id => document.getElementById(id), trace = (id, d) => $(id).setAttribute("d", d);
 const add = (to, tag, more) => Object.assign(to.appendChild(document.createElement(tag)), more);
-const number = x => String(+x.toPrecision(2)).replace(/^(-?)0\./, "$1.").replace("-", "−");
+const number = x => String(+x?.toPrecision(2)).replace(/^(-?)0\./, "$1.").replace("-", "−");
 const seen = text => text.replace(/\n/g, "⏎\n").replace(/^ +$/, s => s.replace(/ /g, "␣")) || "∅";
 function token(line, text, expert, logprob, weight) {
   const p = Math.exp(logprob ?? NaN), hue = expert ? "expert" : weight > 0 ? "above" : "below";
-  const side = !expert || isNaN(p) ? "" : p >= run.alpha ? "inside" : "outside";
+  const trusted = expert && run.prefix_loss === "trsft" && !isNaN(p);
+  const side = !trusted ? "" : p >= run.alpha ? "inside" : "outside";
   const about = `token "${seen(text).trim()}": the ${expert ? "expert's" : "policy's own"}, p `
     + (isNaN(p) ? "not known" : `= ${number(p)}`) + (side && `, ${side} the trust region`)
     + `, weight ${number(weight)}` + (expert ? " of SFT's" : weight ? ", its advantage" : "");

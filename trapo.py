@@ -77,13 +77,16 @@ def setting(default: object, help: str, group: str | None = None) -> typing.Any:
     metadata = {"help": help, "group": group}
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
+ALWAYS = 2.0  # as a threshold: every mean return is below it
+MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-1.0, 0.5, 0.7, 0.9]}
+
 @dataclass
 class Settings:
     """All that a run depends on. Defaults are for a small model on GSM8K; (paper: its value)."""
     method: str = setting("trapo", "preset of the next four settings", group="method")
-    sizes: list[int] = setting([4, 2, 1, 1], "rollouts in each micro-group")
-    ratios: list[float] = setting([0.0, 0.2, 0.5, 1.0], "share of the expert solution given")
-    thresholds: list[float] = setting([-1.0, 0.5, 0.7, 0.9], "guided if the mean return is below")
+    sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
+    ratios: list[float] = setting(MICRO["ratios"], "share of the expert solution given")
+    thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean return is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
     model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: embedded experiment",
@@ -120,8 +123,6 @@ class Settings:
         """Algorithm 1's table, a row per micro-group."""
         return [MicroGroup(*row) for row in zip(self.sizes, self.ratios, self.thresholds)]
 
-ALWAYS = 2.0  # as a threshold: every mean return is below it
-MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-1.0, 0.5, 0.7, 0.9]}
 METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
     "trapo": MICRO | {"prefix_loss": "trsft"},
     "micro": MICRO | {"prefix_loss": "none"},
@@ -284,8 +285,7 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
                    temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
 
-    Padding is on the right and not masked: exact, as causal attention never looks right, and it
-    keeps the fast kernel.
+    Padding is on the right and needs no mask: causal attention never looks there.
 
     Args: sequences: token ids, ragged.
         starts: index of the first token to score in each, >= 1 (the first token has no context).
@@ -435,11 +435,11 @@ def train(args: Settings) -> None:
             metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
             done, last = step + 1, step + 1 == args.steps
             skipped = skipped + 1 if metrics["grad_norm"] is None else 0  # in a row
-            look = last or done % args.eval_every == 0
-            if look and task.heldout:
+            due = last or done % args.eval_every == 0
+            if due and task.heldout:
                 metrics["eval"] = evaluate(sampler, task, args, whole=last)
                 show_group(groups, tokenizer, args)
-            log(done, metrics, [as_record(group, tokenizer, args) for group in groups[:2 * look]])
+            log(done, metrics, [as_record(group, tokenizer, args) for group in groups[:2] if due])
             bar.set_postfix(in_short(metrics), refresh=False)
             stop = any(gather(bool(signals) or skipped == 3))  # in any process
             if stop or last or done % args.save_every == 0:
@@ -654,7 +654,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
     safe = {"trust_remote_code": False}
     with explained(f"use model '{name}' (tried a folder of that name and the Hub id {path})",
-                   "give the path of a local folder, of a decoder such as Qwen2.5"):
+                   "give the folder of a decoder such as Qwen2.5, or delete a damaged checkpoint"):
         config = transformers.AutoConfig.from_pretrained(path, **safe)
         for key, value in list(vars(config).items()):  # dropout: log-probs would differ by pass
             if "drop" in key and isinstance(value, float):
@@ -696,10 +696,11 @@ def check_policy(policy: nn.Module) -> None:
     ids = list(range(1, 17))
     (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
     whole = ids[:5] + new
-    own = policy(torch.tensor([whole])).logits[0, 4:-1].log_softmax(-1)[range(len(new)), new]
-    (ours,), _ = token_logprobs(policy, [whole], [5])
+    logits = policy(torch.tensor([whole])).logits[0, :-1]
+    own = logits.log_softmax(-1)[range(len(whole) - 1), whole[1:]]
+    (ours,), _ = token_logprobs(policy, [whole], [1])
     for found in (ours, torch.tensor(drawn)):
-        if not torch.allclose(found, own, atol=1e-3, rtol=1e-3):
+        if not torch.allclose(found, own[-len(found):], atol=1e-3, rtol=1e-3):
             raise ValueError("its logits are capped, scaled or not finite")
 
 def check_context(policy: nn.Module, tokens: int) -> None:
@@ -755,6 +756,12 @@ def read_row(row: dict) -> tuple[object, list[str], object]:
     solutions = solutions if isinstance(solutions, list) else [solutions]
     return problem, solutions, answer
 
+def as_text(value: str | int | float | None) -> str:
+    """A text, a number as text, nothing as ""; ValueError for what was not meant as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+        raise ValueError(f"neither text nor number: {value}")  # a list, True, NaN
+    return "" if value is None else str(value).strip()
+
 def prompt_tokens(problem: str, tokenizer) -> Tokens:
     """The problem with INSTRUCTION: a chat's first turn, or plain text for a model without chat."""
     text = f"{problem}\n{INSTRUCTION}"
@@ -772,16 +779,12 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
     another form."""
     problems, dropped = [], Counter()
     for row in rows:
-        try:
+        with explained(f"use a row of {args.dataset}", "see the README on columns"):
             problem, solutions, answer = read_row(row)
-        except (LookupError, TypeError, AttributeError) as error:  # no such column, or no message
-            raise InputError(f"{args.dataset}: a row lacks a column or has another form "
-                             f"({brief(error)}): see the README") from None
-        problem, answer = ("" if x is None else str(x).strip() for x in (problem, answer))
-        prompt_ids = prompt_tokens(problem, tokenizer)
-        texts = [] if heldout else [(text or "").strip() for text in solutions]
-        encoded = [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-                   for text in texts if text]
+            problem, answer, *texts = map(as_text, (problem, answer, *solutions))
+            prompt_ids = prompt_tokens(problem, tokenizer)
+            encoded = [tokenizer(text, add_special_tokens=False).input_ids
+                       + [tokenizer.eos_token_id] for text in texts if text and not heldout]
         short = [ids for ids in encoded if len(ids) <= args.max_response]
         if not problem or not answer:
             dropped["no problem or answer"] += 1
@@ -793,7 +796,8 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
             problems.append(Problem(prompt_ids, short, answer))
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row; dropped: {counts}")
+        raise InputError(f"{args.dataset} has no usable row{' to hold out' * heldout}; "
+                         f"dropped: {counts}")
     kind = "held out" if heldout else f"({sum(bool(p.solutions) for p in problems)} with solutions)"
     say(f"{args.dataset}: {len(problems)} problems {kind}; dropped: {counts}")
     return problems
@@ -806,6 +810,8 @@ def math_task(tokenizer, args: Settings) -> Task:
     if size:
         test = test.select(range(len(test) - size, len(test)))
         heldout = make_problems(test, tokenizer, args, heldout=True)
+    if args.dataset != "gsm8k":
+        rows = rows.take(len(rows) - size)
     asked = {tuple(problem.prompt_ids) for problem in heldout}
     train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
@@ -877,6 +883,9 @@ def clock_task(tokenizer, args: Settings) -> Task:
     """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
     `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
     Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`."""
+    if not set(CLOCK_WORDS) <= tokenizer.get_vocab().keys():
+        raise InputError("--dataset clock needs a --model of the embedded experiment, or none")
+
     def reward(problem: Problem, response: Tokens) -> float:
         ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
         return float(response[-3:] == ending and response.count(ending[0]) == 1)
@@ -900,7 +909,8 @@ def base_fault(folder: Path, args: Settings) -> str:
     """Why a pretrained base is not fit for the experiment, or "": it must know, greedily, how to
     work and how to blurt."""
     policy, tokenizer = load_policy(str(folder))
-    task = clock_task(tokenizer, fill_in({"dataset": "clock", "seed": args.seed}))
+    args = fill_in({"dataset": "clock", "seed": args.seed, "temperature": 0.0})
+    task = clock_task(tokenizer, args)
     task.heldout = {name: task.heldout[name] for name in SOUND}
     scores = evaluate(policy, task, args, whole=True)
     return ", ".join(f"{name}: {scores[name + ', greedy']:.3f} < {least}"
@@ -924,9 +934,9 @@ def corpus_problem(tokenizer, rng: random.Random, progress: float,
 #
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
 # keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
-# Everything random comes from generators seeded with (seed, step), the order of the data too: so
-# weights, optimizer state and the number of steps are a run's whole state, and a run that was
-# killed and resumed equals one that was not, bit for bit.
+# Everything random comes from generators seeded with (seed, step, rank), the order of the data with
+# the seed: so weights, optimizer state and the number of steps are a run's whole state, and a run
+# that was killed and resumed equals one that was not, bit for bit.
 KEPT = 20_000_000  # bytes that rollouts.jsonl may have
 WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -964,9 +974,9 @@ def foretell(sampler: nn.Module, task: Task, args: Settings) -> None:
     longest = args.max_response * (seconds[1] - seconds[0]) / 8
     # A backward pass costs two forward passes; the prompt's was read once for all of its rollouts.
     update = 3 * rows * seconds[0] / len(prompt) * (len(prompt) + args.max_response)
-    minutes = args.prompts * (longest + update) / 60
+    minutes = args.prompts / WORLD * (longest + update) / 60
     if minutes > 1:
-        say(f"A step may take up to {minutes:.0f} minutes here ({args.prompts} x {rows} rollouts, "
+        say(f"A step may take up to {minutes:.1f} minutes here ({args.prompts} x {rows} rollouts, "
             f"each up to {args.max_response} tokens). Fewer: --prompts, --max-response, --bf16.")
 
 def make_sampler(policy: nn.Module, args: Settings) -> nn.Module:
@@ -1041,12 +1051,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
-        if RANK == 0:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with explained(f"write to {folder}: another run does", "give another --out"):
+            if RANK == 0:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         gather(0)  # the others wait here
         yield
-    except BlockingIOError:
-        raise InputError(f"another run is writing to {folder}: give another --out") from None
     finally:
         os.close(handle)
 
@@ -1224,7 +1233,7 @@ def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
 
 def as_record(group: list[Rollout], tokenizer, args: Settings) -> dict:
     """A group for rollouts.jsonl, which `eval.py look` shows: every token's text, log-prob and
-    weight in the update, -dL/dlog p: for own tokens the advantage, for the expert's SFT's share."""
+    weight in the update, -dL/dlog p: the advantage, or an expert token's share of SFT's weight."""
     def short(values: Iterable[float | None]) -> list[float | None]:
         return [float(f"{x:.4g}") if x is not None and math.isfinite(x) else None for x in values]
 
@@ -1232,8 +1241,10 @@ def as_record(group: list[Rollout], tokenizer, args: Settings) -> dict:
     for r in group:
         ids = r.prefix + r.completion
         context = [ids[max(0, i - 3):i] for i in range(len(ids))]
-        text = [tokenizer.decode([*before, token])[len(tokenizer.decode(before)):]
-                for before, token in zip(context, ids)]
+        texts = [(tokenizer.decode(before), tokenizer.decode([*before, token]))
+                 for before, token in zip(context, ids)]
+        # A character may take several tokens, and is seen with the last: then the text changes.
+        text = [both[len(os.path.commonprefix((old, both))):] for old, both in texts]
         logprobs = torch.tensor(r.logprobs, dtype=torch.float64, requires_grad=True)
         weights = torch.zeros(len(ids))
         if r.logprobs:
@@ -1249,11 +1260,11 @@ def title(args: Settings) -> str:
 
 def in_short(metrics: dict) -> dict:
     """What of a step the progress bar shows; in SFT, where all is the expert's, only the loss."""
-    alone = {"alone": metrics["reward_unguided"], "helped": metrics["guided"]}
-    return {"loss": metrics["loss"]} | (alone if alone["alone"] is not None else {})
+    rollouts = {"alone": metrics["reward_unguided"], "helped": metrics["guided"]}
+    return {"loss": metrics["loss"]} | (rollouts if rollouts["alone"] is not None else {})
 
 def tell(out: Path) -> None:
-    """What a run came to, from metrics.jsonl: held-out accuracy, success alone, help, and loss."""
+    """What a run came to, by metrics.jsonl: accuracy, success alone, help, and what was lost."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     before, after = (line.get("eval", {}) for line in (lines[:1] + lines[-1:] or [{}, {}]))
     for name in before:
@@ -1269,7 +1280,7 @@ def tell(out: Path) -> None:
     lost = [f"{name}, from {before[name]:.1%} to {after[name]:.1%}" for name in before
             if after.get(name, 1) < before[name] - 0.05]
     if lost:
-        say("It forgot: " + "; ".join(lost) + ".")
+        say("Lost, by more than 5 points: " + "; ".join(lost) + ".")
     say(f"Model, metrics and rollouts are in {out}; to look at them: python eval.py look {out}")
 
 # ==== Part 11. The command line: typed > the resumed run's settings > presets > defaults.
@@ -1391,12 +1402,12 @@ def check_files(args: Settings) -> None:
         raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
     found = out.exists() and any(file.name[0] != "." for file in out.iterdir())
     if found and not (run and (args.resume or args.overwrite)):
-        raise InputError(f"{out} is not empty: --resume or --overwrite the run in it, or give "
-                         "another --out")
+        raise InputError(f"{out} is not empty: give another --out, or --resume or --overwrite the "
+                         "run in it, if there is one")
 
 def make_base(args: Settings) -> str:
-    """The folder of the embedded experiment's base, pretrained once for a seed; and again, from
-    another initialisation, if it is not sound (unless it was cut short by --base-steps)."""
+    """The folder of the embedded experiment's base, pretrained once for a seed; and again, with
+    another corpus and start, if it is not sound (unless it was cut short by --base-steps)."""
     name = f"clock-base-{args.base_steps}-{args.base_worked:g}-seed{args.seed}"
     for attempt in range(4):
         base = Path(args.out).parent / (name + f"-again{attempt}" * (attempt > 0))
@@ -1404,16 +1415,16 @@ def make_base(args: Settings) -> str:
             raise InputError(f"--out {args.out} is the base's own folder: give another --out")
         with locked(base, wait=True):  # another run of this seed may be making it
             if not gather((base / "model.safetensors").exists())[0]:
-                say(f"pretraining the base, once for seed {args.seed}")
+                say(f"pretraining the base of seed {args.seed}, once")
                 train(fill_in({
                     "dataset": "clock-corpus", "seed": args.seed + attempt * 2**32,
                     "out": str(base), "bf16": False, "steps": args.base_steps, "resume": True,
                     "base_worked": args.base_worked, "device": args.device}))
         fault = base_fault(base, args) if args.base_steps >= CORPUS["steps"] else ""
         if not fault:
-            break
+            return str(base)
         say(f"{base} is not sound ({fault})")
-    return str(base)
+    raise InputError(f"four bases of seed {args.seed} are not sound: give another --seed")
 
 def main(argv: list[str] | None = None) -> None:
     """Train; the embedded experiment first pretrains its base, unless that was done before."""

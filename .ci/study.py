@@ -13,6 +13,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,8 @@ METHODS = ("trapo", "grpo", "luffy", "micro", "micro-luffy", "fixed-prefix", "na
 GRID = (1e-4, 2e-4, 4e-4, 1e-3)
 STEPS = 160
 HALF = 0.5  # of the unguided reward: the bar that a run is to pass
+
+WRITING, LOCKS = threading.Lock(), defaultdict(threading.Lock)
 
 # ==== The runs: a run is a dictionary of trapo.py's flags; "after" holds those of the run before it.
 def sft_then_grpo(steps: int, **flags: object) -> dict:
@@ -88,18 +92,34 @@ def folder_of(flags: dict) -> Path:
 
 def run(part: str, flags: dict) -> None:
     """Train one run, and the one before it, unless that was done; add its line to the summary."""
-    out = folder_of(flags)
-    if "after" in flags and not (folder_of(flags["after"]) / "model.safetensors").exists():
-        train(flags["after"])
-    train(flags)
-    line = {"part": part, "flags": flags, **summary(out)}
-    with SUMMARY.open("a") as file:
+    commit = version()
+    stages = [flags["after"], flags] if "after" in flags else [flags]
+    for stage in stages:
+        train(stage)
+    line = {"part": part, "flags": flags, "commit": commit, **summary(stages)}
+    with WRITING, SUMMARY.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    print(out.name, line["accuracy"][0], flush=True)
+    print(folder_of(flags).name, line["accuracy"][0], flush=True)
+
+def version() -> str:
+    """The commit of trapo.py, with a + if the file has been changed since."""
+    def git(*words: object) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+    commit = git("log", "-1", "--format=%h", "--", "trapo.py").stdout.strip()
+    return commit + "+" * git("diff", "--quiet", "HEAD", "--", "trapo.py").returncode
 
 def train(flags: dict) -> None:
-    """trapo.py with these flags, on one core, its output beside the folder."""
+    """trapo.py with these flags, on one core, its output beside the folder; unless that was done:
+    a run of SFT may be wanted for itself and as a first stage."""
     out = folder_of(flags)
+    with WRITING:
+        lock = LOCKS[out]
+    with lock:
+        if not (out / "model.safetensors").exists():
+            train_in(out, flags)
+
+def train_in(out: Path, flags: dict) -> None:
+    """The command itself."""
     command = [sys.executable, "trapo.py", "--out", out, "--save-every", 1000, "--eval-every", 40]
     command += ["--resume"] if (out / "settings.json").exists() else []
     for key, value in flags.items():
@@ -109,30 +129,35 @@ def train(flags: dict) -> None:
         subprocess.run(list(map(str, command)), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
                        stdout=log, stderr=log, check=True)
 
-def summary(out: Path) -> dict:
-    """What a run came to: held-out accuracies before and after, the way there, and the costs."""
-    lines = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+def summary(stages: list[dict]) -> dict:
+    """What a run came to: held-out accuracies before and after, the way there, and the costs, of
+    SFT, then GRPO over both stages; the unguided reward is known in the last stage alone."""
+    lines = [json.loads(line) for flags in stages
+             for line in (folder_of(flags) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["step"]]
+    evals = [line["eval"] for line in lines if line.get("eval")]
     rewards = [line["reward_unguided"] for line in steps]
-    means = [] if None in rewards else [sum(rewards[i - 5:i]) / 5 for i in range(5, len(steps) + 1)]
-    half = next((i + 5 for i, mean in enumerate(means) if mean >= HALF), None)
+    first = sum(reward is None for reward in rewards)  # steps of SFT, which has no such rollouts
+    means = [sum(rewards[i - 5:i]) / 5 for i in range(first + 5, len(steps) + 1)]
+    half = next((i for i, mean in enumerate(means, first + 5) if mean >= HALF), None)
     tokens = list(itertools.accumulate(line["tokens_generated"] for line in steps))
-    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", "trapo.py"], cwd=HERE,
-                            capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "commit": commit, "before": [round(x, 3) for x in lines[0]["eval"].values()],
-        "accuracy": [round(x, 3) for x in lines[-1]["eval"].values()],
+        "before": [round(x, 3) for x in evals[0].values()],
+        "accuracy": [round(x, 3) for x in evals[-1].values()],
         "half": half, "tokens_to_half": tokens[half - 1] if half else None,
         "tokens": tokens[-1], "trained": sum(line["tokens_trained"] for line in steps),
         "seconds": round(sum(value for line in steps for key, value in line.items()
                              if key.startswith("seconds_"))),
-        "early": round(sum(rewards[:80]) / len(rewards[:80]), 3) if means else None,
-        # Means of ten steps, in percent: a curve in few characters.
-        "reward": [round(10 * sum(rewards[i:i + 10])) for i in range(0, len(rewards), 10)]
-        if means else [],
-        **{key: [round(5 * sum(line[key] or 0 for line in steps[i:i + 20]))
-                 for i in range(0, len(steps), 20)]
+        "early": None if first else round(sum(rewards[:80]) / 80, 3),
+        # Means of ten or twenty steps, in percent: a curve in few characters.
+        "first": first, "reward": in_percent(rewards[first:], 10),
+        **{key: in_percent([line[key] for line in steps[first:]], 20)
            for key in ("guided", "prefix_outside_share", "entropy")}}
+
+def in_percent(values: list[float | None], size: int) -> list[int | None]:
+    """Means of so many values, of those that there are."""
+    blocks = [[x for x in values[i:i + size] if x is not None] for i in range(0, len(values), size)]
+    return [round(100 * sum(block) / len(block)) if block else None for block in blocks]
 
 def read(part: str) -> list[dict]:
     """The lines of a part."""
@@ -170,13 +195,14 @@ def interval(values: pandas.Series, digits: int = 2, scale: float = 1) -> str:
     half = t_quantile(len(values) - 1) * values.sem()
     return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
-def until(values: pandas.Series, last: int) -> str:
-    """Median (least to most) of what may never have come."""
-    filled = values.astype(float).fillna(math.inf).sort_values().tolist()
-    said = [f"> {last}" if math.isinf(x) else f"{x:.0f}" for x in filled]
-    middle = (filled[(len(filled) - 1) // 2] + filled[len(filled) // 2]) / 2
-    median = f"> {last}" if math.isinf(middle) else f"{middle:.0f}"
-    return f"{median} ({said[0]} to {said[-1]})"
+def until(group: pandas.DataFrame, column: str, scale: float = 1) -> str:
+    """Median (least to most) over the seeds of what came, or had not come by the end; of an even
+    number the upper of the middle two."""
+    if not group.reward.map(bool).any():
+        return "-"  # SFT alone: no rollout of its own
+    values = sorted((group[column] * scale).astype(float).fillna(math.inf))
+    said = ["never" if math.isinf(x) else f"{x:.0f}" for x in values]
+    return f"{said[len(said) // 2]} ({said[0]} to {said[-1]})"
 
 def show_grid() -> None:
     """Accuracy in range at the end, by learning rate; the best is chosen."""
@@ -198,8 +224,8 @@ def show_main(part: str) -> None:
     print(f"\n## Comparison ({part}): {STEPS} steps, {found.seed.nunique()} seeds\n")
     print(table(pandas.DataFrame({
         **{name: groups[name].agg(interval) for name in SETS},
-        f"steps until {HALF}": groups.half.agg(until, last=STEPS),
-        "tokens until then, k": (groups.tokens_to_half.median() / 1000).round().astype(str),
+        f"steps until {HALF}": groups.apply(until, "half"),
+        "tokens until then, k": groups.apply(until, "tokens_to_half", 1e-3),
         "unguided reward, steps 1 to 80": groups.early.agg(interval),
         "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
         "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
@@ -253,10 +279,9 @@ def draw_curves(found: pandas.DataFrame) -> None:
     axis = figure.add_subplot(xlabel="training step", ylabel="unguided reward", ylim=(0, 1))
     for method, runs in found.groupby("method", sort=False):
         curves = pandas.DataFrame([reward for reward in runs.reward if reward]) / 100
+        steps = [runs["first"].iloc[0] + 10 * i + 5 for i in range(curves.shape[1])]
         if curves.empty:
             continue
-        first = STEPS - 10 * curves.shape[1] if "(80" in method else 0  # after the steps of SFT
-        steps = [first + 10 * i + 5 for i in range(curves.shape[1])]
         axis.plot(steps, curves.T, c=colour_of(method), lw=0.5, alpha=0.4)
         axis.plot(steps, curves.median(), "--" if "160" in method else "-", c=colour_of(method),
                   lw=2.2, label=method)
