@@ -102,7 +102,7 @@ class Settings:
     warmup: int = setting(5, "steps of linear warm-up")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this L2 norm")
     temperature: float = setting(1.0, "sampling temperature of the rollouts (paper: 1)")
-    device: str | None = setting(None, "cuda or cpu; default: the former", "speed and memory")
+    device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
     bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
     micro_tokens: int = setting(4096, "padded tokens in a micro-batch of the update")
     kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
@@ -1316,7 +1316,8 @@ def make_parser() -> Parser:
         if kind is bool:
             options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "choices": CHOICES.get(f.name), "metavar": kind.__name__,
+            options |= {"type": kind, "choices": CHOICES.get(f.name),
+                        "metavar": None if f.name in CHOICES else kind.__name__,
                         "nargs": "+" if isinstance(default, list) else None}
         group.add_argument("--" + f.name.replace("_", "-"), default=None, **options)
     return parser

@@ -259,8 +259,7 @@ def draw_dots(found: pandas.DataFrame) -> None:
     """The main result: a dot a seed, methods in rows."""
     methods = found.groupby("method")["in range"].median().sort_values().index
     figure = new_figure(8, 3.6)
-    panels = {"in range": f"accuracy after {STEPS} steps", "early": "mean unguided reward, steps "
-              "1 to 80"}
+    panels = {"in range": "accuracy at the end", "early": "mean reward alone, steps 1 to 80"}
     for i, (column, title) in enumerate(panels.items()):
         axis = figure.add_subplot(1, 2, i + 1, title=title, xlim=(-0.03, 1.03))
         for row, method in enumerate(methods):
