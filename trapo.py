@@ -1117,6 +1117,7 @@ def open_log(args: Settings, start: int) -> Callable[..., None]:
             write_whole(out / name, "".join(lines))
 
     def log(step: int, metrics: dict, groups: Iterable[dict] = ()) -> None:
+        """Append a line of metrics, and a line for each group, as long as there is room."""
         nonlocal last
         before, last = last, time.perf_counter()
         metrics |= {"seconds": last - before}

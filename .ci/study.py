@@ -2,6 +2,7 @@
 
     python .ci/study.py run main --processes 2     goes on where it stopped; each run on one core
     python .ci/study.py show                       tables and figures, from study.jsonl alone
+    python .ci/study.py starts                     how likely the bases are to work when asked
 
 Runs leave their folders in runs/study, and a line each in .github/study.jsonl: what was asked, the
 commit, and what it came to.
@@ -24,6 +25,9 @@ import pandas
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
+import torch
+
+import trapo
 from eval import COLOURS, NAMES, t_quantile
 
 FOLDER, SUMMARY = HERE / "runs" / "study", HERE / ".github" / "study.jsonl"
@@ -242,6 +246,19 @@ def show_main(part: str) -> None:
     draw_dots(found)
     draw_curves(found)
 
+def show_starts() -> None:
+    """How likely each base in runs/study is to begin working, not to blurt "#", when asked."""
+    for folder in sorted(FOLDER.glob("clock-base-*")):
+        policy, tokenizer = trapo.load_policy(str(folder))
+        settings = trapo.fill_in({"dataset": "clock",
+                                  "seed": trapo.read_settings(str(folder))["seed"]})
+        questions = next(iter(trapo.clock_task(tokenizer, settings).heldout.values()))
+        words = tokenizer.convert_tokens_to_ids([*trapo.LETTERS, *trapo.FILLERS])
+        with torch.no_grad():
+            chances = [policy(torch.tensor([q.prompt_ids])).logits[0, -1].softmax(-1)[words].sum()
+                       for q in questions]
+        print(f"{folder.name}: {torch.stack(chances).mean():.5f}")
+
 def colour_of(method: str) -> str:
     """One colour a method everywhere."""
     return COLOURS.get(method.partition(" (")[0], "#999999")
@@ -296,7 +313,10 @@ def main() -> None:
     add("part", choices=PARTS)
     add("--processes", type=int, default=1)
     commands.add_parser("show")
+    commands.add_parser("starts")
     args = parser.parse_args()
+    if args.command == "starts":
+        return show_starts()
     if args.command == "show":
         show_grid()
         return show_main("main" if read("main") else "one-rate")
