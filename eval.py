@@ -384,7 +384,7 @@ const run = RUN, steps = Object.values(Object.groupBy(run.groups, group => group
 const $ = id => document.getElementById(id), trace = (id, d) => $(id).setAttribute("d", d);
 const add = (to, tag, more) => Object.assign(to.appendChild(document.createElement(tag)), more);
 const number = x => String(+x?.toPrecision(2)).replace(/^(-?)0\./, "$1.").replace("-", "−");
-const seen = text => text.replace(/\n/g, "⏎\n").replace(/^ +$/, s => s.replace(/ /g, "␣")) || "∅";
+const seen = text => text.replace(/\n/g, "⏎\n").replace(/^ +$/, "␣") || "∅";
 function token(line, text, expert, logprob, weight) {
   const p = Math.exp(logprob ?? NaN), hue = expert ? "expert" : weight > 0 ? "above" : "below";
   const trusted = expert && run.prefix_loss === "trsft" && !isNaN(p);
@@ -434,9 +434,9 @@ document.onkeydown = event => {  // on a token along its line, elsewhere along t
 };
 for (const kind of ["pointerover", "focusin"]) $("group").addEventListener(kind, event =>
   $("status").textContent = event.target.about ?? $("status").textContent);
-for (const [text, ...more] of [["the expert's, p ≥ α", 1, 0, 1], ["p < α: outside the trust region",
+for (const [t, ...is] of [["the expert's, p ≥ α", 1, 0, 1], ["p < α: outside the trust region",
   1, -99, .1], ["the policy's own, A > 0", 0, 0, .5], ["A < 0", 0, 0, -.5], ["A = 0", 0, 0, 0]])
-  $("legend").append(token($("legend"), text, ...more), " ");
+  $("legend").append(token($("legend"), t, ...is), " ");
 for (const i in steps[0]) add($("prompt"), "option", {textContent: +i + 1});
 for (const id of ["reward_unguided", "guided"]) trace(id, run[id].join("L").replace(/^./, "M$&"));
 $("about").textContent = `${run.method} on ${run.dataset}, seed ${run.seed}, α = ${run.alpha}`;
