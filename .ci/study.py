@@ -1,22 +1,23 @@
 """The study behind .github/results.md: its runs, and its tables and figures.
 
-    python .ci/study.py run main --processes 2     goes on where it stopped; each run on one core
-    python .ci/study.py show                       tables and figures, from study.jsonl alone
-    python .ci/study.py starts                     how likely the bases are to work when asked
+    python .ci/study.py run --processes 2     all of it, or one part; goes on where it stopped
+    python .ci/study.py show                  tables and figures, from study.jsonl alone
 
-Runs leave their folders in runs/study, and a line each in .github/study.jsonl: what was asked, the
-commit, and what it came to.
+A run takes one core for up to a minute. It leaves its folder in runs/study, and a line in
+.github/study.jsonl: what was asked, the commit, and what it came to.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,31 +29,44 @@ sys.path.insert(0, str(HERE))
 import torch
 
 import trapo
-from eval import COLOURS, NAMES, t_quantile
+from eval import COLOURS, NAMES, pass_at_k, t_quantile
 
 FOLDER, SUMMARY = HERE / "runs" / "study", HERE / ".github" / "study.jsonl"
 METHODS = ("trapo", "grpo", "luffy", "micro", "micro-luffy", "fixed-prefix", "naive", "sft")
 GRID = (1e-4, 2e-4, 4e-4, 1e-3)
 STEPS = 160
 HALF = 0.5  # of the unguided reward: the bar that a run is to pass
+MANY, FEW = range(11, 19), range(11, 15)  # seeds
+SHARES = (0, 0.0005, 0.001, 0.002, 0.005, 0.02)
+ALPHAS = (0, 0.01, 0.03, 0.1, 0.3, 1)
+SAMPLES, REACHES = 64, (1, 2, 4, 8, 16, 32, 64)  # pass@k of 128 problems
 
 WRITING, LOCKS = threading.Lock(), defaultdict(threading.Lock)
 
-# ==== The runs: a run is a dictionary of trapo.py's flags; "after" holds those of the run before it.
-def sft_then_grpo(steps: int, **flags: object) -> dict:
+# ==== What is asked: dictionaries of trapo.py's flags. "after" holds the flags of the run before,
+# "expert" is another teacher. What has "measure" trains nothing: it measures a model of run "of".
+def flags_of(method: str, seed: int, **others: object) -> dict:
+    """A run's flags, without those that are the default: one run has one name."""
+    usual = {"alpha": 0.1, "base-worked": 0, "expert": "usual"}
+    flags = {"method": method, "lr": others.pop("lr", None) or best_rate(method), "seed": seed,
+             "steps": STEPS, **others}
+    return {key: value for key, value in flags.items() if usual.get(key) != value}
+
+def sft_then_grpo(steps: int, lr: float, seed: int) -> dict:
     """`steps` of SFT, then as many of GRPO."""
-    flags["steps"] = steps
-    return {"method": "grpo", **flags, "after": {"method": "sft", **flags}}
+    flags = flags_of("grpo", seed, lr=lr, steps=steps)
+    return {**flags, "after": {**flags, "method": "sft"}}
 
 def grid() -> Iterator[dict]:
     """The learning rates, for each method, on seeds that the comparison does not use."""
     for seed, lr in itertools.product((1, 2, 3), GRID):
         for method in METHODS:
-            yield {"method": method, "lr": lr, "seed": seed, "steps": STEPS}
-        yield sft_then_grpo(STEPS // 2, lr=lr, seed=seed)
+            yield flags_of(method, seed, lr=lr)
+        yield sft_then_grpo(STEPS // 2, lr, seed)
 
+@functools.cache
 def best_rate(method: str, after: bool = False) -> float:
-    """The learning rate whose final held-out accuracy in range, sampled, is the best of the grid."""
+    """The learning rate whose final accuracy in range, sampled, is the best of the grid."""
     found = [line for line in read("grid") if line["flags"]["method"] == method
              and ("after" in line["flags"]) == after]
     scores = {lr: [line["accuracy"][0] for line in found if line["flags"]["lr"] == lr]
@@ -61,49 +75,101 @@ def best_rate(method: str, after: bool = False) -> float:
         sys.exit(f"the grid of {method} is not finished: python .ci/study.py run grid")
     return max(GRID, key=lambda lr: sum(scores[lr]))
 
-def main_comparison(rate: Callable[..., float] = best_rate) -> Iterator[dict]:
+def main_comparison() -> Iterator[dict]:
     """Nine methods at equal steps, and SFT, then GRPO at twice; seeds that chose nothing."""
-    for seed in range(11, 19):
+    for seed in MANY:
         for method in METHODS:
-            yield {"method": method, "lr": rate(method), "seed": seed, "steps": STEPS}
+            yield flags_of(method, seed)
         for steps in (STEPS // 2, STEPS):
-            yield sft_then_grpo(steps, lr=rate("grpo", after=True), seed=seed)
-
-def at_one_rate() -> Iterator[dict]:
-    """The main comparison with all methods at the default learning rate, before any grid."""
-    return main_comparison(lambda method, after=False: 4e-4)
+            yield sft_then_grpo(steps, best_rate("grpo", after=True), seed)
 
 def share_map() -> Iterator[dict]:
     """How often the base works on a question by itself, against what guidance is worth."""
-    for seed, share in itertools.product(range(11, 15), (0, 0.0005, 0.001, 0.002, 0.005, 0.02)):
+    for seed, share in itertools.product(FEW, SHARES):
         for method in ("grpo", "micro", "luffy", "trapo"):
-            yield {"method": method, "lr": best_rate(method), "seed": seed, "steps": STEPS,
-                   "base-worked": share}
+            yield flags_of(method, seed, **{"base-worked": share})
 
 def alphas() -> Iterator[dict]:
     """The edge of the trust region, from SFT (0) to 1 - p (1)."""
-    for seed, alpha in itertools.product(range(11, 15), (0, 0.01, 0.03, 0.1, 0.3, 1)):
-        yield {"method": "trapo", "lr": best_rate("trapo"), "seed": seed, "steps": STEPS,
-               "alpha": alpha}
+    for seed, alpha in itertools.product(FEW, ALPHAS):
+        yield flags_of("trapo", seed, alpha=alpha)
 
-PARTS = {"one-rate": at_one_rate, "grid": grid, "main": main_comparison, "map": share_map,
-         "alpha": alphas}
+def experts() -> Iterator[dict]:
+    """Other teachers of the same questions."""
+    for seed, expert in itertools.product(FEW, EXPERTS):
+        for method in ("trapo", "luffy", "naive", "sft"):
+            yield flags_of(method, seed, expert=expert)
 
+def starts() -> Iterator[dict]:
+    """How likely each base of the map is to begin working, not to blurt, when asked."""
+    others = [flags for flags in share_map() if "base-worked" in flags]
+    for flags in [flags_of("trapo", seed) for seed in MANY] + others:
+        if flags["method"] == "trapo":
+            yield {"measure": "start", "of": flags}
+
+def reaches() -> Iterator[dict]:
+    """pass@k of the base and of what three methods make of it."""
+    for seed in MANY:
+        yield {"measure": "reach of its base", "of": flags_of("trapo", seed)}
+        for method in ("grpo", "sft", "trapo"):
+            yield {"measure": "reach", "of": flags_of(method, seed)}
+
+PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
+         "expert": experts, "starts": starts, "reach": reaches}
+
+# ==== Other teachers, who solve the same questions: the chances of an aside, and of a wrong line
+# that is corrected, before each line; and that one is not corrected, so that the answer is wrong.
+EXPERTS = {"usual": (0.3, 0.1, 0), "clean": (0, 0, 0), "noisy": (0.6, 0.2, 0),
+           "wrong": (0.3, 0.1, 0.2)}
+
+def teach_by(expert: str) -> None:
+    """Give trapo.py's training questions this expert's solutions; the corpus keeps its own."""
+    usual = trapo.clock_problem
+    filler, slip, wrong = EXPERTS[expert]
+
+    def clock_problem(tokenizer, *args: object, **flags: object) -> trapo.Problem:
+        problem = usual(tokenizer, *args, **flags)
+        if flags.get("filler") == EXPERTS["usual"][0]:
+            prompt = tokenizer.convert_ids_to_tokens(problem.prompt_ids)
+            words = solve(prompt, random.Random(f"{prompt}"), filler, slip, wrong)
+            problem.solutions = [tokenizer.convert_tokens_to_ids(words)]
+        return problem
+    trapo.clock_problem = clock_problem
+
+def solve(prompt: list[str], rng: random.Random, filler: float, slip: float,
+          wrong: float) -> list[str]:
+    """A solution, as words, of a prompt such as `j 8 k -9 l +8 ?`."""
+    hour, lines, steps = int(prompt[1]), [], list(zip(prompt[2:-1:2], prompt[3:-1:2]))
+    fault = rng.randrange(len(steps)) if rng.random() < wrong else None
+    for i, (name, change) in enumerate(steps):
+        hour = (hour + int(change) + (rng.randint(1, 23) if i == fault else 0)) % 24
+        if rng.random() < filler:
+            lines.append(rng.choice(trapo.FILLERS))
+        if rng.random() < slip:
+            lines += [name, change, str((hour + rng.randint(1, 23)) % 24), "oops"]
+        lines += [name, change, str(hour)]
+    return [*lines, "#", str(hour), "<eos>"]
+
+# ==== The work: runs, and what they came to.
 def folder_of(flags: dict) -> Path:
     """A run's folder, by what it was asked."""
     words = [f"{key}{value}" for key, value in flags.items() if key != "after"]
     return FOLDER / ("-".join(words).replace("method", "") + "-after-sft" * ("after" in flags))
 
-def run(part: str, flags: dict) -> None:
-    """Train one run, and the one before it, unless that was done; add its line to the summary."""
+def run(flags: dict) -> None:
+    """Train one run, and the one before it, unless that was done; or measure. Add a line."""
     commit = version()
-    stages = [flags["after"], flags] if "after" in flags else [flags]
-    for stage in stages:
-        train(stage)
-    line = {"part": part, "flags": flags, "commit": commit, **summary(stages)}
+    if "measure" in flags:
+        line = measure(flags["measure"], flags["of"])
+    else:
+        stages = [flags["after"], flags] if "after" in flags else [flags]
+        for stage in stages:
+            train(stage)
+        line = summary(stages)
+    text = json.dumps({"flags": flags, "commit": commit, **line}, separators=(",", ":"))
     with WRITING, SUMMARY.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(folder_of(flags).name, line["accuracy"][0], flush=True)
+        file.write(text + "\n")
+    print(text[:150], flush=True)
 
 def version() -> str:
     """The commit of trapo.py, with a + if the file has been changed since."""
@@ -124,14 +190,15 @@ def train(flags: dict) -> None:
 
 def train_in(out: Path, flags: dict) -> None:
     """The command itself."""
-    command = [sys.executable, "trapo.py", "--out", out, "--save-every", 1000, "--eval-every", 40]
+    program = [".ci/study.py", "teach", flags["expert"]] if "expert" in flags else ["trapo.py"]
+    command = [sys.executable, *program, "--out", out, "--save-every", 1000, "--eval-every", 40]
     command += ["--resume"] if (out / "settings.json").exists() else []
     for key, value in flags.items():
-        command += [f"--{key}", value] if key != "after" else []
+        command += [f"--{key}", value] if key not in ("after", "expert") else []
     command += ["--model", folder_of(flags["after"])] if "after" in flags else []
     with (FOLDER / f"{out.name}.log").open("a") as log:
-        subprocess.run(list(map(str, command)), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                       stdout=log, stderr=log, check=True)
+        subprocess.run(list(map(str, command)), cwd=HERE, stdout=log, stderr=log, check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def summary(stages: list[dict]) -> dict:
     """What a run came to: held-out accuracies before and after, the way there, and the costs, of
@@ -163,10 +230,37 @@ def in_percent(values: list[float | None], size: int) -> list[int | None]:
     blocks = [[x for x in values[i:i + size] if x is not None] for i in range(0, len(values), size)]
     return [round(100 * sum(block) / len(block)) if block else None for block in blocks]
 
+def measure(what: str, flags: dict) -> dict:
+    """Of the model of a run, or of its base: its chance to start, or pass@k."""
+    folder = str(folder_of(flags))
+    base = trapo.read_settings(folder)["model"]
+    policy, tokenizer = trapo.load_policy(folder if what == "reach" else str(HERE / base))
+    args = trapo.fill_in({"dataset": "clock", "seed": flags["seed"]})
+    questions = next(iter((task := trapo.clock_task(tokenizer, args)).heldout.values()))
+    if what == "start":
+        return {"start": round(chance_to_start(policy, tokenizer, questions), 6)}
+    requests = [q.prompt_ids for q in questions[:128] for _ in range(SAMPLES)]
+    noise = torch.rand(len(requests), args.max_response, dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(flags["seed"]))
+    responses, _ = trapo.sample(policy, requests, [args.max_response] * len(requests), noise=noise)
+    right = [sum(task.reward(q, response) for response in responses[i * SAMPLES:][:SAMPLES])
+             for i, q in enumerate(questions[:128])]
+    return {"pass": [round(sum(pass_at_k(SAMPLES, int(c), k) for c in right) / len(right), 4)
+                     for k in REACHES]}
+
+@torch.no_grad()
+def chance_to_start(policy: torch.nn.Module, tokenizer, questions: list) -> float:
+    """That the first token is a line's name or an aside, not "#": mean over the questions."""
+    words = tokenizer.convert_tokens_to_ids([*trapo.LETTERS, *trapo.FILLERS])
+    chances = [policy(torch.tensor([q.prompt_ids])).logits[0, -1].softmax(-1)[words].sum()
+               for q in questions]
+    return float(sum(chances) / len(chances))
+
 def read(part: str) -> list[dict]:
     """The lines of a part."""
     lines = SUMMARY.read_text().splitlines() if SUMMARY.exists() else []
-    return [line for line in map(json.loads, lines) if line["part"] == part]
+    wanted = list(PARTS[part]())
+    return [line for line in map(json.loads, lines) if line["flags"] in wanted]
 
 # ==== What it says: tables in markdown, and figures, from the lines alone.
 SETS = ("in range", "in range, greedy", "longer", "longer, greedy", "textbook", "textbook, greedy",
@@ -180,10 +274,9 @@ def name_of(flags: dict) -> str:
 
 def frame(part: str) -> pandas.DataFrame:
     """A part's runs, one a row: flags, accuracies by name, and the rest of the lines."""
-    rows = [{"method": name_of(line["flags"]), "seed": line["flags"]["seed"],
-             "lr": line["flags"]["lr"], **dict(zip(SETS, line["accuracy"])),
-             "base, in range": line["before"][0], **line} for line in read(part)]
-    return pandas.DataFrame(rows)
+    rows = [{"method": name_of(line["flags"]), "alpha": 0.1, "base-worked": 0, "expert": "usual",
+             **line["flags"], **dict(zip(SETS, line["accuracy"])), **line} for line in read(part)]
+    return pandas.DataFrame([row | {"method": name_of(row["flags"])} for row in rows])
 
 def table(found: pandas.DataFrame) -> str:
     """Markdown, with the index as first column."""
@@ -210,27 +303,21 @@ def until(group: pandas.DataFrame, column: str, scale: float = 1) -> str:
 
 def show_grid() -> None:
     """Accuracy in range at the end, by learning rate; the best is chosen."""
-    found = frame("grid")
-    if len(found):
-        means = found.pivot_table(index="method", columns="lr", values="in range", sort=False)
-        counts = found.pivot_table(index="method", columns="lr", values="in range", sort=False,
-                                   aggfunc="count")
-        print("\n## Learning rates (mean of seeds 1 to 3; number of runs where not 3)\n")
-        texts = means.round(3).astype(str) + counts.map(lambda n: "" if n == 3 else f" (n={n:.0f})")
-        print(table(texts))
+    means = frame("grid").pivot_table(index="method", columns="lr", values="in range", sort=False)
+    print("\n## Learning rates: accuracy in range, sampled, mean of seeds 1 to 3\n")
+    print(table(means.round(3)))
 
-def show_main(part: str) -> None:
+def show_main() -> None:
     """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
-    found = frame(part)
-    if not len(found):
-        return
+    found = frame("main")
     groups = found.groupby("method", sort=False)
-    print(f"\n## Comparison ({part}): {STEPS} steps, {found.seed.nunique()} seeds\n")
+    print(f"\n## Comparison: {STEPS} steps, {found.seed.nunique()} seeds\n")
     print(table(pandas.DataFrame({
         **{name: groups[name].agg(interval) for name in SETS},
         f"steps until {HALF}": groups.apply(until, "half"),
         "tokens until then, k": groups.apply(until, "tokens_to_half", 1e-3),
         "unguided reward, steps 1 to 80": groups.early.agg(interval),
+        "learning rate": groups.lr.first(),
         "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
         "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
         "seconds": groups.seconds.agg(interval, digits=0),
@@ -246,18 +333,53 @@ def show_main(part: str) -> None:
     draw_dots(found)
     draw_curves(found)
 
-def show_starts() -> None:
-    """How likely each base in runs/study is to begin working, not to blurt "#", when asked."""
-    for folder in sorted(FOLDER.glob("clock-base-*")):
-        policy, tokenizer = trapo.load_policy(str(folder))
-        settings = trapo.fill_in({"dataset": "clock",
-                                  "seed": trapo.read_settings(str(folder))["seed"]})
-        questions = next(iter(trapo.clock_task(tokenizer, settings).heldout.values()))
-        words = tokenizer.convert_tokens_to_ids([*trapo.LETTERS, *trapo.FILLERS])
-        with torch.no_grad():
-            chances = [policy(torch.tensor([q.prompt_ids])).logits[0, -1].softmax(-1)[words].sum()
-                       for q in questions]
-        print(f"{folder.name}: {torch.stack(chances).mean():.5f}")
+def show_map() -> None:
+    """Accuracy and speed by the share of worked questions, and by the base's measured chance."""
+    found, start = frame("map"), {key_of(line["flags"]["of"]): line["start"]
+                                  for line in read("starts")}
+    found["start"] = [start[key_of(flags)] for flags in found.flags]
+    shares = found.groupby("base-worked")
+    print(f"\n## The map: {found.seed.nunique()} seeds\n")
+    columns = {"chance to start": shares.start.agg(lambda x: f"{x.min():.4f} to {x.max():.4f}")}
+    for method, runs in found.groupby("method", sort=False):
+        columns[method] = runs.groupby("base-worked")["in range"].agg(interval)
+        columns[f"{method}, steps"] = runs.groupby("base-worked").apply(until, "half")
+    print(table(pandas.DataFrame(columns)))
+    draw_map(found)
+
+def key_of(flags: dict) -> tuple:
+    """What makes a base."""
+    return flags["seed"], flags.get("base-worked", 0)
+
+def show_alphas() -> None:
+    """What the edge of the trust region does."""
+    found = frame("alpha")
+    groups = found.groupby("alpha")
+    print(f"\n## alpha: {found.seed.nunique()} seeds\n")
+    means = {f"{title}, {when}": groups.apply(lambda runs: interval(runs[key].str[at], scale=0.01))
+             for key, title in (("prefix_outside_share", "outside"), ("entropy", "entropy, nats"))
+             for when, at in (("first 20 steps", 0), ("last 20", -1))}
+    print(table(pandas.DataFrame({**{name: groups[name].agg(interval) for name in SETS[:4]},
+                                  f"steps until {HALF}": groups.apply(until, "half"), **means})))
+    draw_alphas(found)
+
+def show_experts() -> None:
+    """Accuracy in range by method and teacher: sampled; greedy."""
+    found = frame("expert")
+    print(f"\n## Teachers: {found.seed.nunique()} seeds\n")
+    for name in ("in range", "in range, greedy"):
+        wide = found.pivot_table(index="method", columns="expert", values=name, aggfunc=interval,
+                                 sort=False)
+        print(name + "\n\n" + table(wide[list(EXPERTS)]) + "\n")
+
+def show_reaches() -> None:
+    """pass@k of the base and the three methods."""
+    rows = [{"method": NAMES[line["flags"]["of"]["method"]]
+             if line["flags"]["measure"] == "reach" else "base",
+             **dict(zip(REACHES, line["pass"]))} for line in read("reach")]
+    groups = pandas.DataFrame(rows).groupby("method", sort=False)
+    print(f"\n## pass@k, {SAMPLES} samples, {groups.size().min()} seeds\n")
+    print(table(groups.agg(interval)))
 
 def colour_of(method: str) -> str:
     """One colour a method everywhere."""
@@ -305,27 +427,73 @@ def draw_curves(found: pandas.DataFrame) -> None:
     figure.legend(loc="outside right upper", frameon=False)
     save(figure, "curves")
 
+def draw_map(found: pandas.DataFrame) -> None:
+    """Against the base's chance to start: a dot a run, a line through the medians of the shares."""
+    figure = new_figure(8, 3.6)
+    panels = {"in range": "accuracy at the end", "half": "steps until half is right alone"}
+    for i, (column, title) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, 2, i + 1, title=title, xscale="log")
+        for method, runs in found.groupby("method", sort=False):
+            values = runs.assign(y=runs[column].fillna(STEPS * 1.1))
+            axis.plot(values.start, values.y, "o", c=colour_of(method), alpha=0.4, ms=4)
+            middle = values.groupby("base-worked")[["start", "y"]].median()
+            axis.plot(middle.start, middle.y, c=colour_of(method), lw=2, label=method)
+        axis.grid(alpha=0.3)
+    ticks = range(0, STEPS, 40)
+    axis.set_yticks([*ticks, STEPS * 1.1], [*ticks, "never"])
+    figure.supxlabel("base's chance to begin working when asked (line: medians)", fontsize=10)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False)
+    save(figure, "map")
+
+def draw_alphas(found: pandas.DataFrame) -> None:
+    """Accuracy by alpha; the expert's tokens outside the trust region, and entropy, over time."""
+    from matplotlib import colormaps
+    figure, shades = new_figure(9, 3.2), colormaps["viridis"]
+    axis = figure.add_subplot(1, 3, 1, title="accuracy at the end", xlabel="alpha", ylim=(0, 1.03))
+    for name, mark, shade in ("in range", "o", "#0072B2"), ("longer", "s", "#D55E00"):
+        places = [ALPHAS.index(alpha) for alpha in found.alpha]
+        axis.plot(places, found[name], mark, c=shade, alpha=0.4, ms=4)
+        axis.plot(found.groupby("alpha")[name].median().values, c=shade, lw=2, label=name)
+    axis.set_xticks(range(len(ALPHAS)), ALPHAS)
+    axis.legend(frameon=False, loc="lower right")
+    panels = {"prefix_outside_share": "expert's tokens with p < alpha, share",
+              "entropy": "entropy, nats"}
+    for i, (column, title) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, 3, i + 2, title=title, xlabel="training step")
+        for place, (alpha, runs) in enumerate(found.groupby("alpha")):
+            middle = pandas.DataFrame(list(runs[column])).astype(float).median() / 100
+            axis.plot(10 + 20 * middle.index, middle, c=shades(place / len(ALPHAS)), lw=2,
+                      label=f"{alpha:g}")
+    axis.legend(title="alpha", frameon=False)
+    for axis in figure.axes:
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+    save(figure, "alpha")
+
+SHOWS = {"grid": show_grid, "main": show_main, "map": show_map, "alpha": show_alphas,
+         "expert": show_experts, "reach": show_reaches}
+
 def main() -> None:
     """The command line."""
+    if sys.argv[1:2] == ["teach"]:  # for train_in: trapo.py, with another teacher
+        teach_by(sys.argv[2])
+        return trapo.main(sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("run").add_argument
-    add("part", choices=PARTS)
-    add("--processes", type=int, default=1)
-    commands.add_parser("show")
-    commands.add_parser("starts")
+    parser.add_argument("command", choices=("run", "show"))
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all, in order")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, a core each")
     args = parser.parse_args()
-    if args.command == "starts":
-        return show_starts()
-    if args.command == "show":
-        show_grid()
-        return show_main("main" if read("main") else "one-rate")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    done = [line["flags"] for line in read(args.part)]
-    wanted = [flags for flags in PARTS[args.part]() if flags not in done]
-    print(f"{args.part}: {len(done)} runs are done, {len(wanted)} to go", flush=True)
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(lambda flags: run(args.part, flags), wanted))
+    for part in args.parts or PARTS:
+        if args.command == "show":
+            SHOWS.get(part, print)()
+            continue
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        done = [line["flags"] for line in read(part)]
+        wanted = [flags for flags in PARTS[part]() if flags not in done]
+        print(f"{part}: {len(done)} runs are done, {len(wanted)} to go", flush=True)
+        with ThreadPoolExecutor(args.processes) as pool:
+            list(pool.map(run, wanted))
 
 if __name__ == "__main__":
     main()
