@@ -1,7 +1,7 @@
 """The study behind .github/results.md: its runs, and its tables and figures.
 
     python .ci/study.py run --processes 2     all of it, or one part; goes on where it stopped
-    python .ci/study.py show                  tables and figures, from study.jsonl alone
+    python .ci/study.py show                  results.md's tables, and the figures, from its lines
 
 A run takes one core for up to a minute. It leaves its folder in runs/study, and a line in
 .github/study.jsonl: what was asked, the commit, and what it came to.
@@ -276,7 +276,13 @@ def frame(part: str) -> pandas.DataFrame:
     """A part's runs, one a row: flags, accuracies by name, and the rest of the lines."""
     rows = [{"method": name_of(line["flags"]), "alpha": 0.1, "base-worked": 0, "expert": "usual",
              **line["flags"], **dict(zip(SETS, line["accuracy"])), **line} for line in read(part)]
-    return pandas.DataFrame([row | {"method": name_of(row["flags"])} for row in rows])
+    start = {key_of(line["flags"]["of"]): line["start"] for line in read("starts")}
+    return pandas.DataFrame([row | {"method": name_of(row["flags"]),
+                                    "start": start.get(key_of(row["flags"]))} for row in rows])
+
+def key_of(flags: dict) -> tuple:
+    """What makes a base."""
+    return flags["seed"], flags.get("base-worked", 0)
 
 def table(found: pandas.DataFrame) -> str:
     """Markdown, with the index as first column."""
@@ -290,7 +296,8 @@ def interval(values: pandas.Series, digits: int = 2, scale: float = 1) -> str:
     if len(values) < 2:
         return "-"
     half = t_quantile(len(values) - 1) * values.sem()
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+    mean = round(values.mean(), digits) + 0  # not -0
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 def until(group: pandas.DataFrame, column: str, scale: float = 1) -> str:
     """Median (least to most) over the seeds of what came, or had not come by the end; of an even
@@ -301,100 +308,89 @@ def until(group: pandas.DataFrame, column: str, scale: float = 1) -> str:
     said = ["never" if math.isinf(x) else f"{x:.0f}" for x in values]
     return f"{said[len(said) // 2]} ({said[0]} to {said[-1]})"
 
-def show_grid() -> None:
+def grid_tables() -> str:
     """Accuracy in range at the end, by learning rate; the best is chosen."""
     means = frame("grid").pivot_table(index="method", columns="lr", values="in range", sort=False)
-    print("\n## Learning rates: accuracy in range, sampled, mean of seeds 1 to 3\n")
-    print(table(means.round(3)))
+    return table(means.round(3))
 
-def show_main() -> None:
+def main_tables() -> str:
     """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
     found = frame("main")
     groups = found.groupby("method", sort=False)
-    print(f"\n## Comparison: {STEPS} steps, {found.seed.nunique()} seeds\n")
-    print(table(pandas.DataFrame({
+    columns = {
+        "learning rate": groups.lr.first(),
         **{name: groups[name].agg(interval) for name in SETS},
         f"steps until {HALF}": groups.apply(until, "half"),
         "tokens until then, k": groups.apply(until, "tokens_to_half", 1e-3),
         "unguided reward, steps 1 to 80": groups.early.agg(interval),
-        "learning rate": groups.lr.first(),
         "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
         "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
-        "seconds": groups.seconds.agg(interval, digits=0),
-        "runs": groups.size()}).T))
-    print("\nTRAPO less the other, paired by seed:\n")
-    by_seed = {name: found.pivot_table(index="seed", columns="method", values=name, sort=False)
-               for name in ("in range", "longer", "early")}
-    differences = {name: [interval(wide["TRAPO"] - wide[other]) if other in wide else "-"
-                          for other in by_seed["in range"] if other != "TRAPO"]
-                   for name, wide in by_seed.items()}
-    others = [other for other in by_seed["in range"] if other != "TRAPO"]
-    print(table(pandas.DataFrame(differences, index=others)))
-    draw_dots(found)
-    draw_curves(found)
+        "seconds": groups.seconds.agg(interval, digits=0)}
+    others, differences = [name for name in groups.groups if name != "TRAPO"], {}
+    for name in ("in range", "longer", "early"):
+        wide = found.pivot(index="seed", columns="method", values=name)
+        differences[name] = [interval(wide["TRAPO"] - wide[other]) for other in others]
+    return (table(pandas.DataFrame(columns).T) + "\n\nTRAPO less the other, paired by seed:\n\n"
+            + table(pandas.DataFrame(differences, index=others)))
 
-def show_map() -> None:
+def map_tables() -> str:
     """Accuracy and speed by the share of worked questions, and by the base's measured chance."""
-    found, start = frame("map"), {key_of(line["flags"]["of"]): line["start"]
-                                  for line in read("starts")}
-    found["start"] = [start[key_of(flags)] for flags in found.flags]
-    shares = found.groupby("base-worked")
-    print(f"\n## The map: {found.seed.nunique()} seeds\n")
-    columns = {"chance to start": shares.start.agg(lambda x: f"{x.min():.4f} to {x.max():.4f}")}
+    found = frame("map")
+    columns = {"chance to start": found.groupby("base-worked").start.agg(
+        lambda x: f"{x.min():.4f} to {x.max():.4f}")}
     for method, runs in found.groupby("method", sort=False):
-        columns[method] = runs.groupby("base-worked")["in range"].agg(interval)
-        columns[f"{method}, steps"] = runs.groupby("base-worked").apply(until, "half")
-    print(table(pandas.DataFrame(columns)))
-    draw_map(found)
+        shares = runs.groupby("base-worked")
+        columns[method] = shares["in range"].agg(interval)
+        columns[f"{method}, steps"] = shares.apply(until, "half")
+    return table(pandas.DataFrame(columns))
 
-def key_of(flags: dict) -> tuple:
-    """What makes a base."""
-    return flags["seed"], flags.get("base-worked", 0)
-
-def show_alphas() -> None:
+def alpha_tables() -> str:
     """What the edge of the trust region does."""
-    found = frame("alpha")
-    groups = found.groupby("alpha")
-    print(f"\n## alpha: {found.seed.nunique()} seeds\n")
-    means = {f"{title}, {when}": groups.apply(lambda runs: interval(runs[key].str[at], scale=0.01))
-             for key, title in (("prefix_outside_share", "outside"), ("entropy", "entropy, nats"))
-             for when, at in (("first 20 steps", 0), ("last 20", -1))}
-    print(table(pandas.DataFrame({**{name: groups[name].agg(interval) for name in SETS[:4]},
-                                  f"steps until {HALF}": groups.apply(until, "half"), **means})))
-    draw_alphas(found)
+    groups = frame("alpha").groupby("alpha")
+    columns = {**{name: groups[name].agg(interval) for name in SETS[:4]},
+               f"steps until {HALF}": groups.apply(until, "half")}
+    for key, title in ("prefix_outside_share", "outside"), ("entropy", "entropy, nats"):
+        for when, at in ("first 20 steps", 0), ("last 20", -1):
+            columns[f"{title}, {when}"] = groups[key].agg(
+                lambda lists: interval(lists.str[at], scale=0.01))
+    return table(pandas.DataFrame(columns))
 
-def show_experts() -> None:
+def expert_tables() -> str:
     """Accuracy in range by method and teacher: sampled; greedy."""
-    found = frame("expert")
-    print(f"\n## Teachers: {found.seed.nunique()} seeds\n")
-    for name in ("in range", "in range, greedy"):
-        wide = found.pivot_table(index="method", columns="expert", values=name, aggfunc=interval,
-                                 sort=False)
-        print(name + "\n\n" + table(wide[list(EXPERTS)]) + "\n")
+    wide = {name: frame("expert").pivot_table(index="method", columns="expert", values=name,
+                                              aggfunc=interval, sort=False)[list(EXPERTS)]
+            for name in ("in range", "in range, greedy")}
+    return "\n\n".join(f"{name}:\n\n{table(values)}" for name, values in wide.items())
 
-def show_reaches() -> None:
+def reach_tables() -> str:
     """pass@k of the base and the three methods."""
     rows = [{"method": NAMES[line["flags"]["of"]["method"]]
              if line["flags"]["measure"] == "reach" else "base",
              **dict(zip(REACHES, line["pass"]))} for line in read("reach")]
-    groups = pandas.DataFrame(rows).groupby("method", sort=False)
-    print(f"\n## pass@k, {SAMPLES} samples, {groups.size().min()} seeds\n")
-    print(table(groups.agg(interval)))
+    return table(pandas.DataFrame(rows).groupby("method", sort=False).agg(interval))
+
+TABLES = {"grid": grid_tables, "main": main_tables, "map": map_tables, "alpha": alpha_tables,
+          "expert": expert_tables, "reach": reach_tables}
+
+def with_tables(page: str) -> str:
+    """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
+    for part, tables in TABLES.items():
+        before, mark, rest = page.partition(f"<!-- {part} -->\n\n")
+        if mark:
+            old, end, after = rest.partition("\n\n<!-- end -->")
+            page = before + mark + tables() + end + after
+    return page
 
 def colour_of(method: str) -> str:
     """One colour a method everywhere."""
     return COLOURS.get(method.partition(" (")[0], "#999999")
 
 def new_figure(width: float, height: float):
-    """An empty figure, to be saved beside this study's pages."""
+    """An empty figure."""
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
-def save(figure, name: str) -> None:
-    """Into .github."""
-    figure.savefig(HERE / ".github" / f"{name}.png", dpi=160)
-
-def draw_dots(found: pandas.DataFrame) -> None:
+def draw_dots(found: pandas.DataFrame):
     """The main result: a dot a seed, methods in rows."""
     methods = found.groupby("method")["in range"].median().sort_values().index
     figure = new_figure(8, 3.6)
@@ -409,9 +405,9 @@ def draw_dots(found: pandas.DataFrame) -> None:
         axis.set_yticks(range(len(methods)), methods if i == 0 else [""] * len(methods))
         axis.grid(axis="x", alpha=0.3)
     figure.supxlabel("a dot: one seed; bar: median", fontsize=10)
-    save(figure, "main")
+    return figure
 
-def draw_curves(found: pandas.DataFrame) -> None:
+def draw_curves(found: pandas.DataFrame):
     """Unguided reward over the steps: thin lines are seeds, the thick one is their median."""
     figure = new_figure(8, 4)
     axis = figure.add_subplot(xlabel="training step", ylabel="unguided reward", ylim=(0, 1))
@@ -425,9 +421,9 @@ def draw_curves(found: pandas.DataFrame) -> None:
                   lw=2.2, label=method)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    save(figure, "curves")
+    return figure
 
-def draw_map(found: pandas.DataFrame) -> None:
+def draw_map(found: pandas.DataFrame):
     """Against the base's chance to start: a dot a run, a line through the medians of the shares."""
     figure = new_figure(8, 3.6)
     panels = {"in range": "accuracy at the end", "half": "steps until half is right alone"}
@@ -444,9 +440,9 @@ def draw_map(found: pandas.DataFrame) -> None:
     figure.supxlabel("base's chance to begin working when asked (line: medians)", fontsize=10)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
                   frameon=False)
-    save(figure, "map")
+    return figure
 
-def draw_alphas(found: pandas.DataFrame) -> None:
+def draw_alphas(found: pandas.DataFrame):
     """Accuracy by alpha; the expert's tokens outside the trust region, and entropy, over time."""
     from matplotlib import colormaps
     figure, shades = new_figure(9, 3.2), colormaps["viridis"]
@@ -469,10 +465,9 @@ def draw_alphas(found: pandas.DataFrame) -> None:
     for axis in figure.axes:
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3)
-    save(figure, "alpha")
+    return figure
 
-SHOWS = {"grid": show_grid, "main": show_main, "map": show_map, "alpha": show_alphas,
-         "expert": show_experts, "reach": show_reaches}
+FIGURES = {"main": draw_dots, "curves": draw_curves, "map": draw_map, "alpha": draw_alphas}
 
 def main() -> None:
     """The command line."""
@@ -481,13 +476,17 @@ def main() -> None:
         return trapo.main(sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "show"))
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all, in order")
+    parser.add_argument("parts", nargs="*", help=f"to run, of {', '.join(PARTS)}; none: all")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, a core each")
     args = parser.parse_args()
+    if args.command == "show":
+        page = HERE / ".github" / "results.md"
+        page.write_text(with_tables(page.read_text()))
+        for name, draw in FIGURES.items():
+            draw(frame("main" if name == "curves" else name)).savefig(
+                HERE / ".github" / f"{name}.png", dpi=160)
+        return
     for part in args.parts or PARTS:
-        if args.command == "show":
-            SHOWS.get(part, print)()
-            continue
         FOLDER.mkdir(parents=True, exist_ok=True)
         done = [line["flags"] for line in read(part)]
         wanted = [flags for flags in PARTS[part]() if flags not in done]
