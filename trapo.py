@@ -137,8 +137,8 @@ METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
 # ==== Part 1. The losses. All are per token; the update (Part 4) sums them.
 #
 # Let p be the policy's probability of an expert token. SFT minimises -log p, whose gradient
-# -(1/p) grad p explodes as p -> 0: the expert's least likely tokens move the policy most, into
-# regions that neither supports, and its own rollouts degenerate (Section 2.2). TrSFT clips the
+# -(1/p) grad p explodes as p -> 0: the tokens least likely to the policy move it most, into text
+# that neither it nor the expert writes, and its rollouts degenerate (Section 2.2). TrSFT clips the
 # weight 1/p. Its optimum drops the expert's rare tokens and renormalises the main modes
 # (Proposition 1): it is mode-seeking, where SFT is mode-covering.
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
@@ -186,8 +186,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
 
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
-    The mean holds rollouts that were guided because this one failed: with rewards of 0 and 1 that
-    scales the gradient of a prompt and does not turn it, with others it would.
+    The mean holds rollouts that were guided because this one failed. With rewards of 0 and 1 that
+    multiplies the expected gradient of each context (prompt + prefix) by a positive factor.
     """
     return rewards - rewards.mean(-1, keepdim=True)
 
@@ -213,7 +213,7 @@ class Problem:
 
 @dataclass
 class Rollout:
-    """One response = prefix + completion. Parts 2, 5 and 4, in this order, fill in the rest."""
+    """A response = prefix + completion: drawn and scored in Part 2, weighted in 5, trained in 4."""
     prompt: Tokens
     prefix: Tokens               # the expert's tokens, [] when not guided
     completion: Tokens = field(default_factory=list)  # the policy's, EOS included when reached
@@ -221,8 +221,8 @@ class Rollout:
     micro_group: int = 0         # index into the schedule
     advantage: float = 0.0
     sampler_logprobs: list[float] = field(default_factory=list)  # of the completion, when drawn
-    logprobs: list[float] = field(default_factory=list)   # of prefix + completion, in the update;
-    entropies: list[float] = field(default_factory=list)  # [] if the update left the rollout out
+    logprobs: list[float] = field(default_factory=list)   # of prefix + completion, by the update
+    entropies: list[float] = field(default_factory=list)  # likewise; [] if it left the rollout out
 
 def is_guided(returns_so_far: list[float], micro_group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
@@ -247,7 +247,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
         rng: picks the solutions.   max_response: tokens, prefix and completion together.
         speculate: draw all that may be needed in one call of generate; the same distribution.
     """
-    # Picked before anything is drawn, so that no decision changes what the others pick.
+    # All picks come first, so who is guided does not change what rng picks for the others.
     solutions = [[rng.choice(p.solutions) if p.solutions else None for _ in schedule]
                  for p in problems]
     if speculate:
@@ -347,7 +347,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Settings) -> Tensor:
-    """Its two sums: of the prefix loss and of the policy gradient; from [prefix + completion]."""
+    """Prefix loss plus policy gradient, summed: from [prefix + completion] log-probs to a scalar."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
     expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha)
     return expert.sum() + policy_gradient_loss(completion, rollout.advantage).sum()
@@ -358,8 +358,8 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Setti
     active = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
     batches = micro_batches([len(r.prompt + r.prefix + r.completion) for r in active],
                             args.micro_tokens)
-    # A sharded policy has a method of that name (Part 9), and averages gradients over the
-    # processes: hence the divisor is the mean of theirs.
+    # Under FSDP (Part 9) token_logprobs is the policy's own method, and gradients are averaged over
+    # the processes: hence the divisor is the mean of theirs.
     logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     divisor = sum(gather(len(rollouts))) / WORLD * args.max_response
     batches += [[]] * (max(gather(len(batches))) - len(batches))  # all must take part in each pass
@@ -383,7 +383,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
                task: "Task", args: Settings, step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then the update: (metrics over all processes, this process's groups).
 
-    The sampler has the policy's weights (Part 9): in bf16, or gathered from other processes.
+    The sampler has the policy's weights (Part 9): it is the policy itself, or a copy to draw from.
     """
     spent = Counter(seconds_sample=0.0)  # seconds and tokens
 
@@ -395,7 +395,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
         spent["tokens_generated"] += sum(map(len, completions))
         return list(zip(completions, logprobs))
 
-    # ---- Rollout phase: this process's share of the step's prompts, eight rollouts each.
+    # ---- Rollout phase: this process's share of the step's prompts, a group of rollouts each.
     began = time.perf_counter()
     rng = random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
@@ -411,7 +411,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     # ---- Learning phase: one update on all of them.
     began = time.perf_counter()
     rollouts = [r for group in groups for r in group]
-    for p in policy.parameters():  # zeros, not None: Adam moves on even if all is inert
+    for p in policy.parameters():  # zeros, not None, or AdamW's momentum would skip an inert step
         p.grad = torch.zeros_like(p)
     loss = accumulate_gradients(policy, rollouts, args)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)

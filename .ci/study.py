@@ -36,10 +36,12 @@ METHODS = ("trapo", "grpo", "luffy", "micro", "micro-luffy", "fixed-prefix", "na
 GRID = (1e-4, 2e-4, 4e-4, 1e-3)
 STEPS = 160
 HALF = 0.5  # of the unguided reward: the bar that a run is to pass
+NEVER = 180  # where figures put what did not come in time
 MANY, FEW = range(11, 19), range(11, 15)  # seeds
 SHARES = (0, 0.0005, 0.001, 0.002, 0.005, 0.02)
 ALPHAS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 SAMPLES, REACHES = 64, (1, 2, 4, 8, 16, 32, 64)  # pass@k of 128 problems
+BLURT = ("#", "answer", "<eos>")  # a response without work
 
 WRITING, LOCKS = threading.Lock(), defaultdict(threading.Lock)
 
@@ -83,6 +85,14 @@ def main_comparison() -> Iterator[dict]:
         for steps in (STEPS // 2, STEPS):
             yield sft_then_grpo(steps, best_rate("grpo", after=True), seed)
 
+def at_one_rate() -> Iterator[dict]:
+    """The comparison with all methods at one rate, trapo.py's own: speed depends on the rate."""
+    for seed in MANY:
+        for method in METHODS:
+            yield flags_of(method, seed, lr=4e-4)
+        for steps in (STEPS // 2, STEPS):
+            yield sft_then_grpo(steps, 4e-4, seed)
+
 def share_map() -> Iterator[dict]:
     """How often the base works on a question by itself, against what guidance is worth."""
     for seed, share in itertools.product(FEW, SHARES):
@@ -114,8 +124,8 @@ def reaches() -> Iterator[dict]:
         for method in ("grpo", "sft", "trapo"):
             yield {"measure": "reach", "of": flags_of(method, seed)}
 
-PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
-         "expert": experts, "starts": starts, "reach": reaches}
+PARTS = {"grid": grid, "main": main_comparison, "one-rate": at_one_rate, "map": share_map,
+         "alpha": alphas, "expert": experts, "starts": starts, "reach": reaches}
 
 # ==== Other teachers, who solve the same questions: the chances of an aside, and of a wrong line
 # that is corrected, before each line; and that one is not corrected, so that the answer is wrong.
@@ -156,20 +166,27 @@ def folder_of(flags: dict) -> Path:
     words = [f"{key}{value}" for key, value in flags.items() if key != "after"]
     return FOLDER / ("-".join(words).replace("method", "") + "-after-sft" * ("after" in flags))
 
-def run(flags: dict) -> None:
-    """Train one run, and the one before it, unless that was done; or measure. Add a line."""
-    commit = version()
-    if "measure" in flags:
-        line = measure(flags["measure"], flags["of"])
-    else:
-        stages = [flags["after"], flags] if "after" in flags else [flags]
-        for stage in stages:
-            train(stage)
-        line = summary(stages)
-    text = json.dumps({"flags": flags, "commit": commit, **line}, separators=(",", ":"))
+def run(flags: dict) -> bool:
+    """Train one run, and the one before it, unless that was done; or measure. Add a line; False,
+    and the others go on, if it fails."""
+    try:
+        line = result_of(flags)
+    except (subprocess.CalledProcessError, trapo.InputError) as error:
+        print(f"failed: {flags}: {error}; see its .log in {FOLDER}", flush=True)
+        return False
+    text = json.dumps({"flags": flags, "commit": version(), **line}, separators=(",", ":"))
     with WRITING, SUMMARY.open("a") as file:
         file.write(text + "\n")
     print(text[:150], flush=True)
+    return True
+
+def result_of(flags: dict) -> dict:
+    """What the run, trained now unless it was, came to; or the measure."""
+    asked = flags.get("of", flags)
+    stages = [asked["after"], asked] if "after" in asked else [asked]
+    for stage in stages:
+        train(stage)
+    return measure(flags["measure"], asked) if "measure" in flags else summary(stages)
 
 def version() -> str:
     """The commit of trapo.py, with a + if the file has been changed since."""
@@ -201,8 +218,8 @@ def train_in(out: Path, flags: dict) -> None:
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def summary(stages: list[dict]) -> dict:
-    """What a run came to: held-out accuracies before and after, the way there, and the costs, of
-    SFT, then GRPO over both stages; the unguided reward is known in the last stage alone."""
+    """What a run came to: held-out accuracies, the way there, and the costs, of SFT, then
+    GRPO over both stages; the unguided reward is known in the last stage alone."""
     lines = [json.loads(line) for flags in stages
              for line in (folder_of(flags) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["step"]]
@@ -213,7 +230,6 @@ def summary(stages: list[dict]) -> dict:
     half = next((i for i, mean in enumerate(means, first + 5) if mean >= HALF), None)
     tokens = list(itertools.accumulate(line["tokens_generated"] for line in steps))
     return {
-        "before": [round(x, 3) for x in evals[0].values()],
         "accuracy": [round(x, 3) for x in evals[-1].values()],
         "half": half, "tokens_to_half": tokens[half - 1] if half else None,
         "tokens": tokens[-1], "trained": sum(line["tokens_trained"] for line in steps),
@@ -223,7 +239,8 @@ def summary(stages: list[dict]) -> dict:
         # Means of ten or twenty steps, in percent: a curve in few characters.
         "first": first, "reward": in_percent(rewards[first:], 10),
         **{key: in_percent([line[key] for line in steps[first:]], 20)
-           for key in ("guided", "prefix_outside_share", "entropy")}}
+           for key in ("guided", "entropy")},
+        "outside": in_percent([line["prefix_outside_share"] for line in steps[first:]], 20)}
 
 def in_percent(values: list[float | None], size: int) -> list[int | None]:
     """Means of so many values, of those that there are."""
@@ -231,22 +248,27 @@ def in_percent(values: list[float | None], size: int) -> list[int | None]:
     return [round(100 * sum(block) / len(block)) if block else None for block in blocks]
 
 def measure(what: str, flags: dict) -> dict:
-    """Of the model of a run, or of its base: its chance to start, or pass@k."""
+    """pass@k of the model of a run, or of its base; or the base's chance to start, and accuracy."""
     folder = str(folder_of(flags))
     base = trapo.read_settings(folder)["model"]
     policy, tokenizer = trapo.load_policy(folder if what == "reach" else str(HERE / base))
     args = trapo.fill_in({"dataset": "clock", "seed": flags["seed"]})
     questions = next(iter((task := trapo.clock_task(tokenizer, args)).heldout.values()))
     if what == "start":
-        return {"start": round(chance_to_start(policy, tokenizer, questions), 6)}
+        first = json.loads((Path(folder) / "metrics.jsonl").read_text().partition("\n")[0])
+        return {"start": round(chance_to_start(policy, tokenizer, questions), 6),
+                "before": [round(x, 3) for x in first["eval"].values()]}
     requests = [q.prompt_ids for q in questions[:128] for _ in range(SAMPLES)]
     noise = torch.rand(len(requests), args.max_response, dtype=torch.float64,
                        generator=torch.Generator().manual_seed(flags["seed"]))
     responses, _ = trapo.sample(policy, requests, [args.max_response] * len(requests), noise=noise)
-    right = [sum(task.reward(q, response) for response in responses[i * SAMPLES:][:SAMPLES])
-             for i, q in enumerate(questions[:128])]
-    return {"pass": [round(sum(pass_at_k(SAMPLES, int(c), k) for c in right) / len(right), 4)
-                     for k in REACHES]}
+    found = {}
+    for name, shortest in ("pass", 0), ("worked", len(BLURT) + 1):
+        counts = [sum(task.reward(q, response) for response in responses[i * SAMPLES:][:SAMPLES]
+                      if len(response) >= shortest) for i, q in enumerate(questions[:128])]
+        found[name] = [round(sum(pass_at_k(SAMPLES, int(c), k) for c in counts) / len(counts), 4)
+                       for k in REACHES]
+    return found
 
 @torch.no_grad()
 def chance_to_start(policy: torch.nn.Module, tokenizer, questions: list) -> float:
@@ -278,7 +300,9 @@ def frame(part: str) -> pandas.DataFrame:
              **line["flags"], **dict(zip(SETS, line["accuracy"])), **line} for line in read(part)]
     start = {key_of(line["flags"]["of"]): line["start"] for line in read("starts")}
     return pandas.DataFrame([row | {"method": name_of(row["flags"]),
-                                    "start": start.get(key_of(row["flags"]))} for row in rows])
+                                    "start": start.get(key_of(row["flags"])),
+                                    "all_steps": row["first"] + len(row["reward"]) * 10}
+                             for row in rows])
 
 def key_of(flags: dict) -> tuple:
     """What makes a base."""
@@ -299,39 +323,62 @@ def interval(values: pandas.Series, digits: int = 2, scale: float = 1) -> str:
     mean = round(values.mean(), digits) + 0  # not -0
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
-def until(group: pandas.DataFrame, column: str, scale: float = 1) -> str:
-    """Median (least to most) over the seeds of what came, or had not come by the end; of an even
-    number the upper of the middle two."""
+def until(group: pandas.DataFrame, column: str = "half", total: str = "all_steps",
+          scale: float = 1) -> str:
+    """Median (least to most) over the seeds of what came, or is more than the run's total; of an
+    even number the upper of the middle two."""
     if not group.reward.map(bool).any():
         return "-"  # SFT alone: no rollout of its own
-    values = sorted((group[column] * scale).astype(float).fillna(math.inf))
-    said = ["never" if math.isinf(x) else f"{x:.0f}" for x in values]
+    pairs = sorted(zip(group[column].fillna(math.inf) * scale, group[total] * scale))
+    said = [f"> {most:.0f}" if math.isinf(x) else f"{x:.0f}" for x, most in pairs]
     return f"{said[len(said) // 2]} ({said[0]} to {said[-1]})"
 
-def grid_tables() -> str:
-    """Accuracy in range at the end, by learning rate; the best is chosen."""
-    means = frame("grid").pivot_table(index="method", columns="lr", values="in range", sort=False)
-    return table(means.round(3))
+def spread(values: pandas.Series) -> str:
+    """Median (least to most), for what is two heaps: seeds that learn, and seeds that do not."""
+    return f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})"
 
-def main_tables() -> str:
+def grid_tables() -> str:
+    """Accuracy in range at the end, by learning rate, of which the best is chosen; and speed."""
+    cells = {lr: runs.groupby("method", sort=False).apply(
+        lambda group: f"{group['in range'].mean():.3f}; {until(group)}")
+        for lr, runs in frame("grid").groupby("lr", sort=False)}
+    return table(pandas.DataFrame(cells))
+
+def main_tables(part: str = "main") -> str:
     """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
-    found = frame("main")
+    found = frame(part)
     groups = found.groupby("method", sort=False)
     columns = {
         "learning rate": groups.lr.first(),
         **{name: groups[name].agg(interval) for name in SETS},
-        f"steps until {HALF}": groups.apply(until, "half"),
-        "tokens until then, k": groups.apply(until, "tokens_to_half", 1e-3),
+        "seeds with in range > 0.5": groups["in range"].agg(
+            lambda values: f"{(values > HALF).sum()} of {len(values)}"),
+        f"steps until {HALF}": groups.apply(until),
+        "tokens until then, k": groups.apply(until, "tokens_to_half", "tokens", 1e-3),
         "unguided reward, steps 1 to 80": groups.early.agg(interval),
         "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
         "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
         "seconds": groups.seconds.agg(interval, digits=0)}
-    others, differences = [name for name in groups.groups if name != "TRAPO"], {}
+    rows = pandas.DataFrame(columns).T
+    before = pandas.DataFrame([dict(zip(SETS, line["before"])) for line in read("starts")
+                               if "base-worked" not in line["flags"]["of"]])
+    rows.insert(0, "base", [interval(before[name]) if name in before else ""
+                            for name in rows.index])
+    return f"{table(rows)}\n\nTRAPO less the other, paired by seed:\n\n{table(paired(found))}"
+
+def paired(found: pandas.DataFrame) -> pandas.DataFrame:
+    """TRAPO less each other method; and on how many seeds it is the sooner one, or the later."""
+    others, columns = [name for name in found.method.unique() if name != "TRAPO"], {}
     for name in ("in range", "longer", "early"):
         wide = found.pivot(index="seed", columns="method", values=name)
-        differences[name] = [interval(wide["TRAPO"] - wide[other]) for other in others]
-    return (table(pandas.DataFrame(columns).T) + "\n\nTRAPO less the other, paired by seed:\n\n"
-            + table(pandas.DataFrame(differences, index=others)))
+        columns[name] = [interval(wide["TRAPO"] - wide[other]) for other in others]
+    for name, title in ("half", "steps"), ("tokens_to_half", "tokens"):
+        wide = found.pivot(index="seed", columns="method", values=name).astype(float)
+        wide = wide.fillna(math.inf)
+        columns[f"{title} until {HALF}"] = [
+            f"{(wide['TRAPO'] < wide[other]).sum()} sooner, {(wide['TRAPO'] > wide[other]).sum()} "
+            "later" if other != "SFT" else "-" for other in others]
+    return pandas.DataFrame(columns, index=others)
 
 def map_tables() -> str:
     """Accuracy and speed by the share of worked questions, and by the base's measured chance."""
@@ -340,45 +387,54 @@ def map_tables() -> str:
         lambda x: f"{x.min():.4f} to {x.max():.4f}")}
     for method, runs in found.groupby("method", sort=False):
         shares = runs.groupby("base-worked")
-        columns[method] = shares["in range"].agg(interval)
-        columns[f"{method}, steps"] = shares.apply(until, "half")
+        columns[method] = shares["in range"].agg(spread)
+        columns[f"{method}, steps"] = shares.apply(until)
     return table(pandas.DataFrame(columns))
 
 def alpha_tables() -> str:
     """What the edge of the trust region does."""
     groups = frame("alpha").groupby("alpha")
-    columns = {**{name: groups[name].agg(interval) for name in SETS[:4]},
-               f"steps until {HALF}": groups.apply(until, "half")}
-    for key, title in ("prefix_outside_share", "outside"), ("entropy", "entropy, nats"):
+    columns = {**{name: groups[name].agg(spread) for name in SETS[:4]},
+               f"steps until {HALF}": groups.apply(until)}
+    for key, title in ("outside", "outside"), ("entropy", "entropy, nats"):
         for when, at in ("first 20 steps", 0), ("last 20", -1):
             columns[f"{title}, {when}"] = groups[key].agg(
                 lambda lists: interval(lists.str[at], scale=0.01))
     return table(pandas.DataFrame(columns))
 
 def expert_tables() -> str:
-    """Accuracy in range by method and teacher: sampled; greedy."""
-    wide = {name: frame("expert").pivot_table(index="method", columns="expert", values=name,
-                                              aggfunc=interval, sort=False)[list(EXPERTS)]
-            for name in ("in range", "in range, greedy")}
-    return "\n\n".join(f"{name}:\n\n{table(values)}" for name, values in wide.items())
+    """Accuracy in range by method and teacher, sampled and greedy, and speed."""
+    found, parts = frame("expert"), []
+    for name in ("in range", "in range, greedy", f"steps until {HALF}"):
+        wide = {expert: runs.groupby("method", sort=False).apply(
+            lambda group: spread(group[name]) if name in SETS else until(group))
+            for expert, runs in found.groupby("expert", sort=False)}
+        parts.append(f"{name}:\n\n{table(pandas.DataFrame(wide)[list(EXPERTS)])}")
+    return "\n\n".join(parts)
 
 def reach_tables() -> str:
-    """pass@k of the base and the three methods."""
-    rows = [{"method": NAMES[line["flags"]["of"]["method"]]
-             if line["flags"]["measure"] == "reach" else "base",
-             **dict(zip(REACHES, line["pass"]))} for line in read("reach")]
-    return table(pandas.DataFrame(rows).groupby("method", sort=False).agg(interval))
+    """pass@k of the base and the three methods: of any right answer, and of worked ones alone."""
+    parts = []
+    for key, title in ("pass", "any right answer"), ("worked", "right, and more than a blurt"):
+        rows = [{"method": NAMES[line["flags"]["of"]["method"]]
+                 if line["flags"]["measure"] == "reach" else "base",
+                 **dict(zip(REACHES, line[key]))} for line in read("reach")]
+        cells = pandas.DataFrame(rows).groupby("method", sort=False).agg(interval)
+        if key == "pass":
+            cells.loc["a guess of 24"] = [f"{1 - (23 / 24) ** k:.2f}" for k in REACHES]
+        parts.append(f"{title}:\n\n{table(cells)}")
+    return "\n\n".join(parts)
 
-TABLES = {"grid": grid_tables, "main": main_tables, "map": map_tables, "alpha": alpha_tables,
-          "expert": expert_tables, "reach": reach_tables}
+TABLES = {"grid": grid_tables, "main": main_tables, "one-rate": lambda: main_tables("one-rate"),
+          "map": map_tables, "alpha": alpha_tables, "expert": expert_tables, "reach": reach_tables}
 
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
     for part, tables in TABLES.items():
         before, mark, rest = page.partition(f"<!-- {part} -->\n\n")
-        if mark:
-            old, end, after = rest.partition("\n\n<!-- end -->")
-            page = before + mark + tables() + end + after
+        old, end, after = rest.partition("\n\n<!-- end -->")
+        assert mark and end, f"the page has no place for {part}"
+        page = before + mark + tables() + end + after
     return page
 
 def colour_of(method: str) -> str:
@@ -410,7 +466,8 @@ def draw_dots(found: pandas.DataFrame):
 def draw_curves(found: pandas.DataFrame):
     """Unguided reward over the steps: thin lines are seeds, the thick one is their median."""
     figure = new_figure(8, 4)
-    axis = figure.add_subplot(xlabel="training step", ylabel="unguided reward", ylim=(0, 1))
+    axis = figure.add_subplot(xlabel="training step", ylabel="reward alone, training questions",
+                              ylim=(0, 1))
     for method, runs in found.groupby("method", sort=False):
         curves = pandas.DataFrame([reward for reward in runs.reward if reward]) / 100
         steps = [runs["first"].iloc[0] + 10 * i + 5 for i in range(curves.shape[1])]
@@ -430,13 +487,14 @@ def draw_map(found: pandas.DataFrame):
     for i, (column, title) in enumerate(panels.items()):
         axis = figure.add_subplot(1, 2, i + 1, title=title, xscale="log")
         for method, runs in found.groupby("method", sort=False):
-            values = runs.assign(y=runs[column].fillna(STEPS * 1.1))
+            values = runs.assign(y=runs[column].fillna(NEVER))
             axis.plot(values.start, values.y, "o", c=colour_of(method), alpha=0.4, ms=4)
-            middle = values.groupby("base-worked")[["start", "y"]].median()
+            middle = values.groupby("base-worked")[["start", "y"]].quantile(
+                0.5, interpolation="higher").sort_values("start")
             axis.plot(middle.start, middle.y, c=colour_of(method), lw=2, label=method)
         axis.grid(alpha=0.3)
-    ticks = range(0, STEPS, 40)
-    axis.set_yticks([*ticks, STEPS * 1.1], [*ticks, "never"])
+    ticks = range(0, STEPS + 1, 40)
+    axis.set_yticks([*ticks, NEVER], [*ticks, "later"])
     figure.supxlabel("base's chance to begin working when asked (line: medians)", fontsize=10)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
                   frameon=False)
@@ -447,13 +505,14 @@ def draw_alphas(found: pandas.DataFrame):
     from matplotlib import colormaps
     figure, shades = new_figure(9, 3.2), colormaps["viridis"]
     axis = figure.add_subplot(1, 3, 1, title="accuracy at the end", xlabel="alpha", ylim=(0, 1.03))
-    for name, mark, shade in ("in range", "o", "#0072B2"), ("longer", "s", "#D55E00"):
-        places = [ALPHAS.index(alpha) for alpha in found.alpha]
-        axis.plot(places, found[name], mark, c=shade, alpha=0.4, ms=4)
-        axis.plot(found.groupby("alpha")[name].median().values, c=shade, lw=2, label=name)
+    for name, mark, stroke in ("in range", "o", "-"), ("longer", "s", "--"):
+        places = found.alpha.map(ALPHAS.index)
+        middle = found.groupby(places)[name].median()
+        axis.plot(places, found[name], mark, c=colour_of("TRAPO"), alpha=0.4, ms=4)
+        axis.plot(middle, stroke, c=colour_of("TRAPO"), lw=2, label=name)
     axis.set_xticks(range(len(ALPHAS)), ALPHAS)
     axis.legend(frameon=False, loc="lower right")
-    panels = {"prefix_outside_share": "expert's tokens with p < alpha, share",
+    panels = {"outside": "expert's tokens with p < alpha, share",
               "entropy": "entropy, nats"}
     for i, (column, title) in enumerate(panels.items()):
         axis = figure.add_subplot(1, 3, i + 2, title=title, xlabel="training step")
@@ -479,6 +538,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"to run, of {', '.join(PARTS)}; none: all")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, a core each")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part {unknown}")
     if args.command == "show":
         page = HERE / ".github" / "results.md"
         page.write_text(with_tables(page.read_text()))
@@ -486,13 +547,16 @@ def main() -> None:
             draw(frame("main" if name == "curves" else name)).savefig(
                 HERE / ".github" / f"{name}.png", dpi=160)
         return
+    torch.set_num_threads(1)
+    failed = 0
     for part in args.parts or PARTS:
         FOLDER.mkdir(parents=True, exist_ok=True)
         done = [line["flags"] for line in read(part)]
         wanted = [flags for flags in PARTS[part]() if flags not in done]
         print(f"{part}: {len(done)} runs are done, {len(wanted)} to go", flush=True)
         with ThreadPoolExecutor(args.processes) as pool:
-            list(pool.map(run, wanted))
+            failed += list(pool.map(run, wanted)).count(False)
+    sys.exit(failed > 0)
 
 if __name__ == "__main__":
     main()
