@@ -17,6 +17,7 @@ The second half (`grep -n "# ===="`) tests what the lecture runs on. Nothing is 
 are tiny and made here. `pytest test_trapo.py` takes a minute or two on a CPU.
 """
 import copy
+import importlib.util
 import json
 import logging
 import math
@@ -2903,6 +2904,76 @@ def test_look_in_a_browser_has_enough_contrast_in_light_and_dark(browser, dark):
         fill = [share * x + (1 - share) * y for x, y in zip(fill, behind)]
         low, high = sorted((luminance(channels(text)[:3]), luminance(fill)))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, fill)
+
+
+# ==== The study: .ci/study.py, its other teachers, and what the pages say of it ==================
+
+@pytest.fixture(scope="module")
+def study():
+    """.ci/study.py as a module."""
+    spec = importlib.util.spec_from_file_location("study", HERE / ".ci" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_another_teacher_solves_the_same_questions(study, monkeypatch):
+    _, tokenizer = clock_model(0)
+    args = trapo.fill_in({"dataset": "clock", "seed": 3})
+    usual = clock_task(tokenizer, args)
+    rewards = {}
+    for expert in "clean", "noisy", "wrong":
+        with monkeypatch.context() as patch:
+            patch.setattr(trapo, "clock_problem", trapo.clock_problem)
+            study.teach_by(expert)
+            other = clock_task(tokenizer, args)
+        assert [(p.prompt_ids, p.answer) for p in other.train] == [
+            (p.prompt_ids, p.answer) for p in usual.train]
+        assert {name: [(p.prompt_ids, p.answer) for p in problems]
+                for name, problems in other.heldout.items()} == {
+            name: [(p.prompt_ids, p.answer) for p in problems]
+            for name, problems in usual.heldout.items()}
+        rewards[expert] = statistics.mean(other.reward(p, p.solutions[0]) for p in other.train)
+    assert rewards["clean"] == rewards["noisy"] == 1 and 0.75 < rewards["wrong"] < 0.85
+
+
+def test_a_clean_teacher_writes_what_the_world_calls_worked(study):
+    _, tokenizer = clock_model(0)
+    for seed in range(20):
+        problem = trapo.clock_problem(tokenizer, random.Random(seed), 7, "?")
+        prompt = tokenizer.convert_ids_to_tokens(problem.prompt_ids)
+        words = study.solve(prompt, random.Random(0), *study.EXPERTS["clean"])
+        assert tokenizer.convert_tokens_to_ids(words) == problem.solutions[0]
+
+
+def test_a_run_is_counted_as_right_half_the_time_from_the_first_mean_of_five_steps(study, tmp_path,
+                                                                                  monkeypatch):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    flags = {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 10}
+    rewards = [0, 0, 0, 1, 1, 0, 1, 0, 0, 0]  # means of five from step 5 on: .4 .4 .6 ...
+    lines = [{"step": i, "reward_unguided": reward, "tokens_generated": 100, "tokens_trained": 10,
+              "seconds": 1.0, "guided": 0.5, "entropy": None, "prefix_outside_share": None}
+             for i, reward in enumerate(rewards, 1)]
+    lines[-1]["eval"] = {"in range": 0.25}
+    folder = study.folder_of(flags)
+    folder.mkdir()
+    folder.joinpath("metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = study.summary([flags])
+    assert (found["half"], found["tokens_to_half"], found["accuracy"]) == (7, 700, [0.25])
+    assert found["reward"] == [30] and found["guided"] == [50] and found["entropy"] == [None]
+
+
+def test_the_pages_tables_are_those_of_the_studys_lines(study):
+    page = HERE.joinpath(".github", "results.md").read_text()
+    assert study.with_tables(page) == page
+
+
+def test_the_readme_says_what_the_studys_lines_say(study):
+    readme = HERE.joinpath("README.md").read_text()
+    for method, runs in study.frame("main").groupby("method"):
+        accuracy = study.interval(runs["in range"]).replace("0.", ".")
+        row, = re.findall(rf"^\|{re.escape(method)}\|.*$", readme, re.M)
+        assert f"|{accuracy}|{study.until(runs)}|" in row
 
 
 # ==== A really pretrained model: SmolLM2-135M-Instruct, made by .ci/smollm2.py ===================

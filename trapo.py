@@ -347,7 +347,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Settings) -> Tensor:
-    """Prefix loss plus policy gradient, summed: from [prefix + completion] log-probs to a scalar."""
+    """Prefix loss plus policy gradient, summed, of [prefix + completion] log-probs: a scalar."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
     expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha)
     return expert.sum() + policy_gradient_loss(completion, rollout.advantage).sum()
