@@ -33,7 +33,7 @@ from eval import COLOURS, NAMES, pass_at_k, t_quantile
 
 FOLDER, SUMMARY = HERE / "runs" / "study", HERE / ".github" / "study.jsonl"
 METHODS = ("trapo", "grpo", "luffy", "micro", "micro-luffy", "fixed-prefix", "naive", "sft")
-GRID = (1e-4, 2e-4, 4e-4, 1e-3)
+GRID = (1e-4, 2e-4, USUAL := 4e-4, FAST := 1e-3)  # trapo.py's own, and the fastest
 STEPS = 160
 HALF = 0.5  # of the unguided reward: the bar that a run is to pass
 NEVER = 180  # where figures put what did not come in time
@@ -86,34 +86,34 @@ def main_comparison() -> Iterator[dict]:
             yield sft_then_grpo(steps, best_rate("grpo", after=True), seed)
 
 def at_one_rate() -> Iterator[dict]:
-    """The comparison with all methods at one rate, trapo.py's own: speed depends on the rate."""
-    for seed in MANY:
+    """The comparison with all methods at one rate, and at another: speed depends on the rate."""
+    for lr, seed in itertools.product((USUAL, FAST), MANY):
         for method in METHODS:
-            yield flags_of(method, seed, lr=4e-4)
+            yield flags_of(method, seed, lr=lr)
         for steps in (STEPS // 2, STEPS):
-            yield sft_then_grpo(steps, 4e-4, seed)
+            yield sft_then_grpo(steps, lr, seed)
 
 def share_map() -> Iterator[dict]:
     """How often the base works on a question by itself, against what guidance is worth."""
     for seed, share in itertools.product(FEW, SHARES):
         for method in ("grpo", "micro", "luffy", "trapo"):
-            yield flags_of(method, seed, **{"base-worked": share})
+            yield flags_of(method, seed, lr=USUAL, **{"base-worked": share})
 
 def alphas() -> Iterator[dict]:
     """The edge of the trust region, from SFT (0) to 1 - p (1)."""
     for seed, alpha in itertools.product(FEW, ALPHAS):
-        yield flags_of("trapo", seed, alpha=alpha)
+        yield flags_of("trapo", seed, lr=USUAL, alpha=alpha)
 
 def experts() -> Iterator[dict]:
     """Other teachers of the same questions."""
     for seed, expert in itertools.product(FEW, EXPERTS):
         for method in ("trapo", "luffy", "naive", "sft"):
-            yield flags_of(method, seed, expert=expert)
+            yield flags_of(method, seed, lr=USUAL, expert=expert)
 
 def starts() -> Iterator[dict]:
     """How likely each base of the map is to begin working, not to blurt, when asked."""
     others = [flags for flags in share_map() if "base-worked" in flags]
-    for flags in [flags_of("trapo", seed) for seed in MANY] + others:
+    for flags in [flags_of("trapo", seed, lr=USUAL) for seed in MANY] + others:
         if flags["method"] == "trapo":
             yield {"measure": "start", "of": flags}
 
@@ -124,8 +124,8 @@ def reaches() -> Iterator[dict]:
         for method in ("grpo", "sft", "trapo"):
             yield {"measure": "reach", "of": flags_of(method, seed)}
 
-PARTS = {"grid": grid, "main": main_comparison, "one-rate": at_one_rate, "map": share_map,
-         "alpha": alphas, "expert": experts, "starts": starts, "reach": reaches}
+PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
+         "expert": experts, "starts": starts, "reach": reaches, "rates": at_one_rate}
 
 # ==== Other teachers, who solve the same questions: the chances of an aside, and of a wrong line
 # that is corrected, before each line; and that one is not corrected, so that the answer is wrong.
@@ -344,9 +344,9 @@ def grid_tables() -> str:
         for lr, runs in frame("grid").groupby("lr", sort=False)}
     return table(pandas.DataFrame(cells))
 
-def main_tables(part: str = "main") -> str:
+def main_tables() -> str:
     """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
-    found = frame(part)
+    found = frame("main")
     groups = found.groupby("method", sort=False)
     columns = {
         "learning rate": groups.lr.first(),
@@ -379,6 +379,16 @@ def paired(found: pandas.DataFrame) -> pandas.DataFrame:
             f"{(wide['TRAPO'] < wide[other]).sum()} sooner, {(wide['TRAPO'] > wide[other]).sum()} "
             "later" if other != "SFT" else "-" for other in others]
     return pandas.DataFrame(columns, index=others)
+
+def rates_tables() -> str:
+    """Accuracy and speed with all methods at one rate; and whether TRAPO is the sooner one."""
+    columns = {}
+    for lr, found in frame("rates").groupby("lr"):
+        groups = found.groupby("method", sort=False)
+        columns[f"in range, {lr:g}"] = groups["in range"].agg(interval)
+        columns[f"steps until {HALF}, {lr:g}"] = groups.apply(until)
+        columns[f"TRAPO is, {lr:g}"] = paired(found)[f"steps until {HALF}"]
+    return table(pandas.DataFrame(columns).fillna("").loc[list(groups.groups)])
 
 def map_tables() -> str:
     """Accuracy and speed by the share of worked questions, and by the base's measured chance."""
@@ -425,8 +435,8 @@ def reach_tables() -> str:
         parts.append(f"{title}:\n\n{table(cells)}")
     return "\n\n".join(parts)
 
-TABLES = {"grid": grid_tables, "main": main_tables, "one-rate": lambda: main_tables("one-rate"),
-          "map": map_tables, "alpha": alpha_tables, "expert": expert_tables, "reach": reach_tables}
+TABLES = {"grid": grid_tables, "main": main_tables, "rates": rates_tables, "map": map_tables,
+          "alpha": alpha_tables, "expert": expert_tables, "reach": reach_tables}
 
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
