@@ -250,7 +250,7 @@ def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
     Seconds are without the evaluations; noisy curves are running means over 1/15 of the run.
     """
     settings, path = run_settings(folder), Path(folder, "metrics.jsonl")
-    with explained(f"use {path}", "leave that run out, or repeat it"):
+    with explained(f"use {path}", "give the folder of another run, or repeat it"):
         lines = path.read_text().splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
         rows = {row["step"]: {"eval": None} | row for row in rows}
