@@ -456,43 +456,57 @@ def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
-def draw_dots(found: pandas.DataFrame):
-    """The main result: a dot a seed, methods in rows."""
-    methods = found.groupby("method")["in range"].median().sort_values().index
-    figure = new_figure(8, 3.6)
-    panels = {"in range": "accuracy at the end", "early": "mean reward alone, steps 1 to 80"}
+def draw_dots():
+    """The main result, a dot a seed, methods in rows: accuracy, and speed at two equal rates."""
+    best, rates = frame("main"), frame("rates")
+    methods = best.groupby("method")["in range"].median().sort_values().index
+    figure = new_figure(8.6, 3.8)
+    panels = {"in range": "accuracy at the end, best learning rate",
+              "early": "mean reward alone, steps 1 to 80"}
     for i, (column, title) in enumerate(panels.items()):
-        axis = figure.add_subplot(1, 2, i + 1, title=title, xlim=(-0.03, 1.03))
+        axis = figure.add_subplot(1, 2, i + 1, xlim=(-0.03, 1.03))
+        axis.set_title(title, fontsize=11)
         for row, method in enumerate(methods):
-            values = found[found.method == method][column].dropna()
-            axis.plot(values, [row] * len(values), "o", c=colour_of(method), alpha=0.7, mec="black",
-                      mew=0.5)
-            axis.plot([values.median()] * 2, [row - 0.3, row + 0.3], c="black", lw=1.5)
+            if column == "in range":
+                draw_row(axis, row, best[best.method == method][column], colour_of(method))
+                continue
+            for lr, place, fill in (USUAL, 0.17, colour_of(method)), (FAST, -0.17, "none"):
+                values = rates[(rates.method == method) & (rates.lr == lr)][column].dropna()
+                draw_row(axis, row + place, values, fill, colour_of(method))
         axis.set_yticks(range(len(methods)), methods if i == 0 else [""] * len(methods))
         axis.grid(axis="x", alpha=0.3)
-    figure.supxlabel("a dot: one seed; bar: median", fontsize=10)
+    axis.plot([], [], "o", c="grey", label=f"learning rate {USUAL:g}")
+    axis.plot([], [], "o", mfc="none", mec="grey", label=f"learning rate {FAST:g}")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=9, frameon=False, ncols=2,
+                  loc="outside lower right", title="a dot: one seed; bar: median")
     return figure
 
-def draw_curves(found: pandas.DataFrame):
+def draw_row(axis, row: float, values: pandas.Series, fill: str, edge: str = "black") -> None:
+    """Dots, and a bar at their median."""
+    axis.plot(values, [row] * len(values), "o", mfc=fill, mec=edge, alpha=0.7, ms=5, mew=0.8)
+    axis.plot([values.median()] * 2, [row - 0.25, row + 0.25], c="black", lw=1.5)
+
+def draw_curves():
     """Unguided reward over the steps: thin lines are seeds, the thick one is their median."""
-    figure = new_figure(8, 4)
-    axis = figure.add_subplot(xlabel="training step", ylabel="reward alone, training questions",
-                              ylim=(0, 1))
-    for method, runs in found.groupby("method", sort=False):
-        curves = pandas.DataFrame([reward for reward in runs.reward if reward]) / 100
-        steps = [runs["first"].iloc[0] + 10 * i + 5 for i in range(curves.shape[1])]
-        if curves.empty:
-            continue
-        axis.plot(steps, curves.T, c=colour_of(method), lw=0.5, alpha=0.4)
-        axis.plot(steps, curves.median(), "--" if "160" in method else "-", c=colour_of(method),
-                  lw=2.2, label=method)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure = new_figure(8.6, 3.8)
+    for i, (lr, rows) in enumerate(frame("rates").groupby("lr")):
+        axis = figure.add_subplot(1, 2, i + 1, title=f"learning rate {lr:g}", ylim=(0, 1),
+                                  xlabel="training step")
+        for method, runs in rows[rows["all_steps"] == STEPS].groupby("method", sort=False):
+            curves = pandas.DataFrame([reward for reward in runs.reward if reward]) / 100
+            steps = [runs["first"].iloc[0] + 10 * i + 5 for i in range(curves.shape[1])]
+            if steps:
+                axis.plot(steps, curves.T, c=colour_of(method), lw=0.5, alpha=0.4)
+                axis.plot(steps, curves.median(), c=colour_of(method), lw=2.2, label=method)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("reward alone, training questions")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  fontsize=9, frameon=False)
     return figure
 
-def draw_map(found: pandas.DataFrame):
+def draw_map():
     """Against the base's chance to start: a dot a run, a line through the medians of the shares."""
-    figure = new_figure(8, 3.6)
+    found, figure = frame("map"), new_figure(8, 3.6)
     panels = {"in range": "accuracy at the end", "half": "steps until half is right alone"}
     for i, (column, title) in enumerate(panels.items()):
         axis = figure.add_subplot(1, 2, i + 1, title=title, xscale="log")
@@ -510,10 +524,10 @@ def draw_map(found: pandas.DataFrame):
                   frameon=False)
     return figure
 
-def draw_alphas(found: pandas.DataFrame):
+def draw_alphas():
     """Accuracy by alpha; the expert's tokens outside the trust region, and entropy, over time."""
     from matplotlib import colormaps
-    figure, shades = new_figure(9, 3.2), colormaps["viridis"]
+    found, figure, shades = frame("alpha"), new_figure(9, 3.2), colormaps["viridis"]
     axis = figure.add_subplot(1, 3, 1, title="accuracy at the end", xlabel="alpha", ylim=(0, 1.03))
     for name, mark, stroke in ("in range", "o", "-"), ("longer", "s", "--"):
         places = found.alpha.map(ALPHAS.index)
@@ -554,8 +568,7 @@ def main() -> None:
         page = HERE / ".github" / "results.md"
         page.write_text(with_tables(page.read_text()))
         for name, draw in FIGURES.items():
-            draw(frame("main" if name == "curves" else name)).savefig(
-                HERE / ".github" / f"{name}.png", dpi=160)
+            draw().savefig(HERE / ".github" / f"{name}.png", dpi=160)
         return
     torch.set_num_threads(1)
     failed = 0
