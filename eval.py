@@ -231,7 +231,7 @@ NOT_METHOD = ("method seed out device bf16 micro_tokens kv_tokens speculate reco
 NAMES = {"trapo": "TRAPO", "grpo": "GRPO", "luffy": "LUFFY", "sft": "SFT", "naive": "naive SFT mix",
          "micro": "micro-groups alone", "micro-luffy": "micro-groups, LUFFY's loss",
          "fixed-prefix": "fixed prefixes"}
-COLOURS = dict(zip([*NAMES.values(), "SFT, then GRPO"], (  # Okabe and Ito's, brown for yellow, and a grey
+COLOURS = dict(zip([*NAMES.values(), "SFT, then GRPO"], (  # Okabe and Ito's, less the yellow
     "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #000000 #7A4B00 #999999 #E69F00").split()))
 CURVES = {"reward_unguided": "unguided reward", "guided": "share of rollouts guided",
           "entropy": "entropy, nats", "response_length": "response length, tokens"}
