@@ -279,10 +279,10 @@ def chance_to_start(policy: torch.nn.Module, tokenizer, questions: list) -> floa
     return float(sum(chances) / len(chances))
 
 def read(part: str) -> list[dict]:
-    """The lines of a part."""
+    """The lines of a part that are there, in its order."""
     lines = SUMMARY.read_text().splitlines() if SUMMARY.exists() else []
-    wanted = list(PARTS[part]())
-    return [line for line in map(json.loads, lines) if line["flags"] in wanted]
+    lines = list(map(json.loads, lines))
+    return [line for flags in PARTS[part]() for line in lines if line["flags"] == flags]
 
 # ==== What it says: tables in markdown, and figures, from the lines alone.
 SETS = ("in range", "in range, greedy", "longer", "longer, greedy", "textbook", "textbook, greedy",
