@@ -548,7 +548,8 @@ def draw_alphas():
             middle = pandas.DataFrame(list(runs[column])).astype(float).median() / 100
             axis.plot(10 + 20 * middle.index, middle, c=shades(place / len(ALPHAS)), lw=2,
                       label=f"{alpha:g}")
-    axis.legend(title="alpha", frameon=False)
+    figure.axes[1].legend(title="alpha", frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6),
+                          ncols=2)
     for axis in figure.axes:
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3)
