@@ -459,7 +459,7 @@ def new_figure(width: float, height: float):
 def draw_dots():
     """The main result, a dot a seed, methods in rows: accuracy, and speed at two equal rates."""
     best, rates = frame("main"), frame("rates")
-    methods = best.groupby("method")["in range"].median().sort_values().index
+    methods = best.groupby("method")["in range"].mean().sort_values().index
     figure = new_figure(8.6, 3.8)
     panels = {"in range": "accuracy at the end, best learning rate",
               "early": "mean reward alone, steps 1 to 80"}
@@ -468,8 +468,12 @@ def draw_dots():
         axis.set_title(title, fontsize=11)
         for row, method in enumerate(methods):
             if column == "in range":
-                draw_row(axis, row, best[best.method == method][column], colour_of(method))
+                draw_row(axis, row, best[best.method == method][column], colour_of(method),
+                         mark="s")
                 continue
+            if not best[best.method == method][column].count():
+                axis.text(0.5, row, "SFT has no rollouts", color="grey", ha="center", va="center",
+                          fontsize=8)
             for lr, place, fill in (USUAL, 0.17, colour_of(method)), (FAST, -0.17, "none"):
                 values = rates[(rates.method == method) & (rates.lr == lr)][column].dropna()
                 draw_row(axis, row + place, values, fill, colour_of(method))
@@ -478,12 +482,13 @@ def draw_dots():
     axis.plot([], [], "o", c="grey", label=f"learning rate {USUAL:g}")
     axis.plot([], [], "o", mfc="none", mec="grey", label=f"learning rate {FAST:g}")
     figure.legend(*axis.get_legend_handles_labels(), fontsize=9, frameon=False, ncols=2,
-                  loc="outside lower right", title="a dot: one seed; bar: median")
+                  loc="outside lower right", title="a mark: one seed; bar: median")
     return figure
 
-def draw_row(axis, row: float, values: pandas.Series, fill: str, edge: str = "black") -> None:
-    """Dots, and a bar at their median."""
-    axis.plot(values, [row] * len(values), "o", mfc=fill, mec=edge, alpha=0.7, ms=5, mew=0.8)
+def draw_row(axis, row: float, values: pandas.Series, fill: str, edge: str = "black",
+             mark: str = "o") -> None:
+    """Marks, and a bar at their median."""
+    axis.plot(values, [row] * len(values), mark, mfc=fill, mec=edge, alpha=0.7, ms=5, mew=0.8)
     axis.plot([values.median()] * 2, [row - 0.25, row + 0.25], c="black", lw=1.5)
 
 def draw_curves():
@@ -497,7 +502,8 @@ def draw_curves():
             steps = [runs["first"].iloc[0] + 10 * i + 5 for i in range(curves.shape[1])]
             if steps:
                 axis.plot(steps, curves.T, c=colour_of(method), lw=0.5, alpha=0.4)
-                axis.plot(steps, curves.median(), c=colour_of(method), lw=2.2, label=method)
+                axis.plot(steps, curves.median(), "--" if "fixed" in method else "-", lw=2.2,
+                          c=colour_of(method), label=method, zorder=5 if method == "TRAPO" else 3)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("reward alone, training questions")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
@@ -508,7 +514,7 @@ def draw_map():
     """Against the base's chance to start: a dot a run, and a line through the shares' middles."""
     found, figure = frame("map"), new_figure(8, 3.6)
     panels = {"in range": "accuracy at the end; mean",
-              "half": "steps until half is right alone; median"}
+              "half": "steps until half is right alone; upper median"}
     for i, (column, title) in enumerate(panels.items()):
         axis = figure.add_subplot(1, 2, i + 1, xscale="log")
         axis.set_title(title, fontsize=11)
