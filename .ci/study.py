@@ -464,7 +464,7 @@ def draw_dots():
     panels = {"in range": "accuracy at the end, best learning rate",
               "early": "mean reward alone, steps 1 to 80"}
     for i, (column, title) in enumerate(panels.items()):
-        axis = figure.add_subplot(1, 2, i + 1, xlim=(-0.03, 1.03))
+        axis = figure.add_subplot(1, 2, i + 1, xlim=(-0.03, 1.03), ylim=(-0.6, len(methods) - 0.4))
         axis.set_title(title, fontsize=11)
         for row, method in enumerate(methods):
             if column == "in range":
@@ -502,8 +502,9 @@ def draw_curves():
             steps = [runs["first"].iloc[0] + 10 * i + 5 for i in range(curves.shape[1])]
             if steps:
                 axis.plot(steps, curves.T, c=colour_of(method), lw=0.5, alpha=0.4)
-                axis.plot(steps, curves.median(), "--" if "fixed" in method else "-", lw=2.2,
-                          c=colour_of(method), label=method, zorder=5 if method == "TRAPO" else 3)
+                over = {"TRAPO": 5, "fixed prefixes": 6}.get(method, 3)  # these two run together
+                axis.plot(steps, curves.median(), "--" if over == 6 else "-", lw=2.2,
+                          c=colour_of(method), label=method, zorder=over)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("reward alone, training questions")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
