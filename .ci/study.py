@@ -110,6 +110,11 @@ def experts() -> Iterator[dict]:
         for method in ("trapo", "luffy", "naive", "sft"):
             yield flags_of(method, seed, lr=USUAL, expert=expert)
 
+def trsft_alone() -> Iterator[dict]:
+    """What TrSFT does by itself: SFT's runs with the other loss, no rollout, no reward."""
+    for seed in MANY:
+        yield flags_of("sft", seed, lr=USUAL, **{"prefix-loss": "trsft"})
+
 def starts() -> Iterator[dict]:
     """How likely each base of the map is to begin working, not to blurt, when asked."""
     others = [flags for flags in share_map() if "base-worked" in flags]
@@ -118,14 +123,17 @@ def starts() -> Iterator[dict]:
             yield {"measure": "start", "of": flags}
 
 def reaches() -> Iterator[dict]:
-    """pass@k of the base and of what three methods make of it."""
+    """pass@k of the base and of what four methods make of it."""
     for seed in MANY:
         yield {"measure": "reach of its base", "of": flags_of("trapo", seed)}
         for method in ("grpo", "sft", "trapo"):
             yield {"measure": "reach", "of": flags_of(method, seed)}
+    for flags in trsft_alone():
+        yield {"measure": "reach", "of": flags}
 
 PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
-         "expert": experts, "starts": starts, "reach": reaches, "rates": at_one_rate}
+         "expert": experts, "trsft": trsft_alone, "starts": starts, "reach": reaches,
+         "rates": at_one_rate}
 
 # ==== Other teachers, who solve the same questions: the chances of an aside, and of a wrong line
 # that is corrected, before each line; and that one is not corrected, so that the answer is wrong.
@@ -292,7 +300,7 @@ def name_of(flags: dict) -> str:
     """A method as people say it; SFT, then GRPO with the steps of both."""
     if "after" in flags:
         return f"SFT, then GRPO ({flags['steps']} + {flags['steps']})"
-    return NAMES[flags["method"]]
+    return "TrSFT alone" if "prefix-loss" in flags else NAMES[flags["method"]]
 
 def frame(part: str) -> pandas.DataFrame:
     """A part's runs, one a row: flags, accuracies by name, and the rest of the lines."""
@@ -422,13 +430,24 @@ def expert_tables() -> str:
         parts.append(f"{name}:\n\n{table(pandas.DataFrame(wide)[list(EXPERTS)])}")
     return "\n\n".join(parts)
 
+def trsft_tables() -> str:
+    """TrSFT alone, SFT and TRAPO at one rate."""
+    rates = frame("rates")
+    usual = rates[(rates.lr == USUAL) & rates.method.isin(("SFT", "TRAPO"))]
+    found = pandas.concat([frame("trsft"), usual])
+    rows = {}
+    for name in SETS:
+        wide = found.pivot(index="seed", columns="method", values=name)
+        wide["TRAPO less TrSFT alone"] = wide["TRAPO"] - wide["TrSFT alone"]
+        rows[name] = wide[["SFT", "TrSFT alone", "TRAPO", "TRAPO less TrSFT alone"]].agg(interval)
+    return table(pandas.DataFrame(rows).T)
+
 def reach_tables() -> str:
-    """pass@k of the base and the three methods: of any right answer, and of worked ones alone."""
+    """pass@k of the base and the methods: of any right answer, and of worked ones alone."""
     parts = []
     for key, title in ("pass", "any right answer"), ("worked", "right, and more than a blurt"):
-        rows = [{"method": NAMES[line["flags"]["of"]["method"]]
-                 if line["flags"]["measure"] == "reach" else "base",
-                 **dict(zip(REACHES, line[key]))} for line in read("reach")]
+        rows = [{"method": name_of(line["flags"]["of"]) if line["flags"]["measure"] == "reach"
+                 else "base", **dict(zip(REACHES, line[key]))} for line in read("reach")]
         cells = pandas.DataFrame(rows).groupby("method", sort=False).agg(interval)
         if key == "pass":
             cells.loc["a guess of 24"] = [f"{1 - (23 / 24) ** k:.2f}" for k in REACHES]
@@ -436,7 +455,8 @@ def reach_tables() -> str:
     return "\n\n".join(parts)
 
 TABLES = {"grid": grid_tables, "main": main_tables, "rates": rates_tables, "map": map_tables,
-          "alpha": alpha_tables, "expert": expert_tables, "reach": reach_tables}
+          "alpha": alpha_tables, "expert": expert_tables, "trsft": trsft_tables,
+          "reach": reach_tables}
 
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
