@@ -2,29 +2,19 @@
 
 Post-training usually runs SFT on expert solutions and then RL. TRAPO does both inside every
 training instance. The policy first tries a problem alone; where it does badly, it is given the
-beginning of an expert solution and continues from there. Here is one group of eight rollouts, as
-the program prints it (--eval-every 13). A clock shows 14 and is moved five times, on lines named m
-to q: where does it end? [ ] holds the expert's tokens, detours and all; A is the advantage:
+beginning of an expert solution and continues from there.
 
-prompt: l 14 m +7 n +7 o +6 p -8 q +1 ?
-  micro-group 1: no help
-    reward 0, A -0.25:  # 23 <eos>
-    reward 0, A -0.25:  # 7 <eos>
-    reward 0, A -0.25:  # 9 <eos>
-    reward 0, A -0.25:  # 23 <eos>
-  micro-group 2: 20% of the solution, as the mean return so far is 0.00
-    reward 0, A -0.25:  [see m +7 21 n] +7 4 o +6 10 p -8 2 # 2 <eos>
-    reward 1, A +0.75:  [see m +7 21 n] +7 4 o +6 10 p -8 2 q +1 3 # 3 <eos>
-  micro-group 3: 50% of the solution, as the mean return so far is 0.17
-    reward 0, A -0.25:  [see m +7 21 n +7 4 o +6 1 oops o] -8 22 p +1 23 q +1 0 # 0 <eos>
-  micro-group 4: 100% of the solution, as the mean return so far is 0.14
-    reward 1, A +0.75:  [see m +7 21 n +7 4 o +6 1 oops o +6 10 now p -8 2 q +1 3 # 3 <eos>]
+Below is one group of eight rollouts, as the program prints it. A clock of 24 hours shows 14 and is
+moved five times, on lines named m to q: where does it end? `#` opens the answer. [ ] holds the
+expert's tokens, an aside ("see") and a slip ("oops") among them; A is the advantage:
 
-One update then trains two kinds of tokens (Section 2):
+@@GROUP@@
 
-    the policy's own (completion)   by a group-relative policy gradient, with A as weight
-    the expert's (prefix)           by Trust-Region SFT: SFT, whose gradient weight 1/p is clipped
-                                    at 1/alpha (Eq. 3)
+One update then trains two kinds of tokens (Section 2). On grad log p, the gradient of a token's
+log-probability, they weigh
+
+    the policy's own (completion)   A, as in a group-relative policy gradient
+    the expert's (prefix)           min(p / alpha, 1): Trust-Region SFT (Eq. 3)
 
 What this file leaves out of GRPO, and why:
     1. no reference model, no KL penalty: the paper trains without them
@@ -33,19 +23,19 @@ What this file leaves out of GRPO, and why:
 
 Words: a *rollout* is one response to a prompt: an expert *prefix* (mostly empty), continued by the
 policy's own *completion*. The eight rollouts of a prompt are its *group*, drawn in *micro-groups*.
-The *return* of a rollout is its reward, 1 or 0; its *advantage* is the reward minus the group's
-mean.
+A rollout's *reward* (the paper's return) is 1 if its answer is right, else 0; its *advantage* is
+the reward minus the group's mean.
 
     python trapo.py                                     the embedded experiment: CPU, offline
     python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
 
 The lecture:  settings, 1 losses, 2 adaptive guidance, 3 log-probs, 4 the update, 5 step and loop.
-The workshop: 6 the sampler, 7 models, data and reward, 8 the clock world, 9 processes and
-checkpoints, 10 metrics, evaluation and printing, 11 the command line.
+The workshop: 6 the sampler, 7 models, data and reward, 8 processes and checkpoints, 9 metrics,
+evaluation and printing, 10 the command line. "Part" is of this file, "Section" of the paper.
 """
-import argparse, contextlib, copy, dataclasses, fcntl, functools, glob  # noqa: E401
+import argparse, contextlib, copy, dataclasses, fcntl, functools, hashlib  # noqa: E401
 import json, logging, math, os, random, re, resource, shutil  # noqa: E401
-import signal, sys, time, typing  # noqa: E401
+import signal, sys, time, traceback, typing  # noqa: E401
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -55,68 +45,47 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as full_state  # whole tensors from shards
+from torch.distributed.checkpoint import state_dict as sharded
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Tokens = list[int]
-Drawn = tuple[Tokens, list[float]]  # a completion, and the log-probs it was drawn with
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+Completion = tuple[Tokens, list[float]]  # tokens, and the log-probs they were drawn with
 
-def gather(value: object) -> list:
-    """Every process's value, in the order of their ranks: [value] if there is one process."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-# ==== Settings. A preset goes over these defaults, and a flag of the command line over a preset.
+# ==== Settings. What a run's result depends on; the machine's settings follow in Part 10.
 def setting(default: object, help: str, group: str | None = None) -> typing.Any:
-    """A field of Settings that is a flag of the command line; `group` opens a group of flags."""
+    """A field that is a flag of the command line; `group` opens a group of flags."""
     metadata = {"help": help, "group": group}
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
-ALWAYS = 2.0  # as a threshold: every mean return is below it
+ALWAYS = 2.0  # as a threshold: every mean reward is below it
 MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-1.0, 0.5, 0.7, 0.9]}
 
 @dataclass
-class Settings:
-    """All that a run depends on. Defaults are for a small model on GSM8K; (paper: its value)."""
+class Recipe:
+    """Defaults are for a small model on GSM8K; (paper: its value)."""
     method: str = setting("trapo", "preset of the next four settings", group="method")
     sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
     ratios: list[float] = setting(MICRO["ratios"], "share of the expert solution given")
-    thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean return is below")
+    thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean reward is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
-    model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: embedded experiment",
-                                "model and data")
+    model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: .clock/model",
+                                group="model and data")
     dataset: str | None = setting(None, "gsm8k, openr1, or a .jsonl / .json / .parquet file")
+    test: str | None = setting(None, "file of held-out rows; default: the data set's own or last")
+    eval_size: int = setting(200, "held-out problems")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
     steps: int = setting(200, "training steps", group="optimisation")
-    base_steps: int = setting(2500, "pretraining steps of the embedded experiment's base")
-    base_worked: float = setting(0.0, "share of that base's late quiz questions that were worked")
     prompts: int = setting(32, "prompts per step, over all processes (paper: 128)")
     lr: float = setting(5e-6, "AdamW's learning rate, constant after the warm-up (paper: 5e-6)")
     warmup: int = setting(5, "steps of linear warm-up")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this L2 norm")
     temperature: float = setting(1.0, "sampling temperature of the rollouts (paper: 1)")
-    device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
-    bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
-    micro_tokens: int = setting(4096, "padded tokens in a micro-batch of the update")
-    kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
-    speculate: bool | None = setting(None, "draw all micro-groups in one pass; default: on CUDA")
-    recompute: bool = setting(False, "gradient checkpointing: less memory, a third more time")
-    out: str | None = setting(None, "folder; default: runs/<model>-<method>-seed<seed>", "run")
     seed: int = setting(0, "of everything random")
-    eval_every: int = setting(20, "steps between evaluations")
-    eval_size: int = setting(200, "held-out problems")
-    save_every: int = setting(50, "steps between checkpoints")
-    resume: bool = setting(False, "go on from the newest checkpoint in --out")
-    overwrite: bool = setting(False, "replace the run in --out")
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; this and `decay` are set by presets alone
-    decay: bool = False                       # in the second half, lr falls linearly to 0
 
     @property
     def schedule(self) -> list["MicroGroup"]:
@@ -136,19 +105,29 @@ METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
 
 # ==== Part 1. The losses. All are per token; the update (Part 4) sums them.
 #
-# Let p be the policy's probability of an expert token. SFT minimises -log p, whose gradient
-# -(1/p) grad p explodes as p -> 0: the tokens least likely to the policy move it most, into text
-# that neither it nor the expert writes, and its rollouts degenerate (Section 2.2). TrSFT clips the
-# weight 1/p. Its optimum drops the expert's rare tokens and renormalises the main modes
-# (Proposition 1): it is mode-seeking, where SFT is mode-covering.
+# Let p be the policy's probability of an expert token. SFT minimises -log p. On grad log p its
+# weight is 1 however unlikely the token is, so text that the policy would never write pulls as hard
+# as any, and moves it to where neither it nor the expert is at home: its rollouts degenerate
+# (Section 2.2). TrSFT trusts the expert where the policy can follow: below p = alpha the weight
+# falls with p. (Eq. 3 says it of grad p = p grad log p: SFT's weight 1/p is clipped at 1/alpha.)
+#
+#       p      weight on grad log p: SFT   TrSFT, alpha = .1    norm of SFT's gradient, in logits
+#      .5                             1           1                          .51
+#      .1                             1           1                          .91
+#      .01                            1           .1                        1.00
+#      .001                           1           .01                       1.01
+#
+# TrSFT's optimum drops the expert's rare tokens and renormalises the main modes (Proposition 1): it
+# is mode-seeking, where SFT is mode-covering. alpha = 0 is SFT; alpha = 1, the loss 1 - p with
+# weight p, is DFT (arXiv 2508.05629).
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
-    """Trust-Region SFT, Eq. 3:  grad L = -1 / max(p, alpha) * grad p.
+    """Trust-Region SFT, Eq. 3:  grad L = -min(p / alpha, 1) grad log p = -grad p / max(p, alpha).
 
         L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
-             = 1 - log(alpha) - p / alpha   if p <  alpha   (outside: constant weight 1/alpha)
+             = 1 - log(alpha) - p / alpha   if p <  alpha   (outside)
 
-    The two pieces meet at p = alpha. alpha = 0 is SFT; alpha = 1 is 1 - p; outside [0, 1] it is a
-    ValueError. From log p of the expert's tokens (nats, any shape) to losses, same shape and dtype.
+    The two pieces meet at p = alpha. An alpha outside [0, 1] is a ValueError.
+    From log p of the expert's tokens (nats, any shape) to losses, same shape and dtype.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -186,15 +165,17 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
 
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
-    The mean holds rollouts that were guided because this one failed. With rewards of 0 and 1 that
-    multiplies the expected gradient of each context (prompt + prefix) by a positive factor.
+    The mean b holds rollouts that were guided because this one failed. That only rescales the
+    gradient of each context's (prompt + prefix's) success rate P: with r in {0, 1} its expectation
+    is  E[(r - b) grad log pi] = (1 - E[b | r = 1] + E[b | r = 0]) grad P,  and the factor is above
+    0, since the rollouts of b that are drawn before or beside this one do not depend on its r.
     """
     return rewards - rewards.mean(-1, keepdim=True)
 
 # ==== Part 2. Adaptive guidance: micro-group sampling (Section 2.3, Algorithm 1).
 #
 # How much help a problem needs is not known in advance, so it is found out: before each micro-group
-# the mean return of all rollouts drawn so far is compared with a threshold. Hard problems get
+# the mean reward of all rollouts drawn so far is compared with a threshold. Hard problems get
 # longer and longer prefixes, easy ones none. There is no model in this part: `generate` and
 # `reward` are functions, and the tests drive them with a script.
 @dataclass(frozen=True)
@@ -202,7 +183,7 @@ class MicroGroup:
     """n_i rollouts that start from the first L_i of the expert's tokens if guided (Algorithm 1)."""
     size: int         # n_i, rollouts
     ratio: float      # L_i, share of the expert solution, in [0, 1]
-    threshold: float  # t_i: guided if the mean return so far is below it; -1 never, ALWAYS always
+    threshold: float  # t_i: guided if the mean reward so far is below it; -1 never, ALWAYS always
 
 @dataclass
 class Problem:
@@ -220,13 +201,14 @@ class Rollout:
     reward: float = 0.0
     micro_group: int = 0         # index into the schedule
     advantage: float = 0.0
+    solution_length: int = 0     # tokens of the solution that the prefix is, or would be, cut from
     sampler_logprobs: list[float] = field(default_factory=list)  # of the completion, when drawn
     logprobs: list[float] = field(default_factory=list)   # of prefix + completion, by the update
     entropies: list[float] = field(default_factory=list)  # likewise; [] if it left the rollout out
 
-def is_guided(returns_so_far: list[float], micro_group: MicroGroup) -> bool:
-    """Algorithm 1's test: is the mean return so far (0 before the first rollout) below t_i?"""
-    return sum(returns_so_far) / max(1, len(returns_so_far)) < micro_group.threshold
+def is_guided(rewards_so_far: list[float], micro_group: MicroGroup) -> bool:
+    """Algorithm 1's test: is the mean reward so far (0 before the first rollout) below t_i?"""
+    return sum(rewards_so_far) / max(1, len(rewards_so_far)) < micro_group.threshold
 
 def expert_prefix(solution_ids: Tokens, ratio: float) -> Tokens:
     """The first round(ratio * length) ids of the solution; all of them, EOS included, at ratio 1.
@@ -236,7 +218,7 @@ def expert_prefix(solution_ids: Tokens, ratio: float) -> Tokens:
     return solution_ids[:round(ratio * len(solution_ids))]
 
 def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
-                  generate: Callable[[list[Tokens], list[int]], list[Drawn]],
+                  generate: Callable[[list[Tokens], list[int]], list[Completion]],
                   reward: Callable[[Problem, Tokens], float], rng: random.Random, *,
                   max_response: int = 1024, speculate: bool = False) -> list[list[Rollout]]:
     """Algorithm 1: every problem's group of rollouts, in the order drawn, by micro-groups.
@@ -259,15 +241,15 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
             solution, prefix = picked[m], []
             if solution is not None and is_guided([r.reward for r in group], micro_group):
                 prefix = expert_prefix(solution, micro_group.ratio)
-            new = [Rollout(problem.prompt_ids, prefix, micro_group=m)
-                   for _ in range(micro_group.size)]
+            new = [Rollout(problem.prompt_ids, prefix, micro_group=m,
+                           solution_length=len(solution or [])) for _ in range(micro_group.size)]
             group += new
             if prefix != solution:  # the whole solution would leave nothing to generate
                 unfinished += new
         requests = [r.prompt + r.prefix for r in unfinished]
         limits = [max(0, max_response - len(r.prefix)) for r in unfinished]
-        drawn = generate(requests, limits) if requests else []
-        for r, (completion, logprobs) in zip(unfinished, drawn, strict=True):
+        completions = generate(requests, limits) if requests else []
+        for r, (completion, logprobs) in zip(unfinished, completions, strict=True):
             r.completion, r.sampler_logprobs = completion, logprobs
         for problem, group in zip(problems, groups):
             for r in group[-micro_group.size:]:
@@ -285,7 +267,9 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
                    temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
 
-    Padding is on the right and needs no mask: causal attention never looks there.
+    The state at position t - 1 predicts token t: of [5, 6, 7, 8] from start 2 on, positions 1 and 2
+    give log p(7 | 5 6) and log p(8 | 5 6 7). Padding is on the right and needs no mask: causal
+    attention never looks there.
 
     Args: sequences: token ids, ragged.
         starts: index of the first token to score in each, >= 1 (the first token has no context).
@@ -298,7 +282,7 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     scored = torch.tensor([[start <= t < len(s) for t in range(width)]
                            for s, start in zip(sequences, starts)], device=device)      # [B, T]
     targets = ids[scored].split(HEAD_CHUNK)                                             # of [N]
-    states = hidden[:, :-1][scored[:, 1:]].split(HEAD_CHUNK)  # position t - 1 predicts token t
+    states = hidden[:, :-1][scored[:, 1:]].split(HEAD_CHUNK)
     head, score = policy.get_output_embeddings(), chunk_logprobs
     if len(targets) > 1:
         score = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False,
@@ -346,123 +330,126 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Settings) -> Tensor:
+def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
     """Prefix loss plus policy gradient, summed, of [prefix + completion] log-probs: a scalar."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
     expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha)
     return expert.sum() + policy_gradient_loss(completion, rollout.advantage).sum()
 
-def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: Settings) -> float:
+def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Settings") -> float:
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
     log-probs and entropies on every rollout that is trained."""
-    active = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
-    batches = micro_batches([len(r.prompt + r.prefix + r.completion) for r in active],
-                            args.micro_tokens)
-    # Under FSDP (Part 9) token_logprobs is the policy's own method, and gradients are averaged over
-    # the processes: hence the divisor is the mean of theirs.
-    logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
-    divisor = sum(gather(len(rollouts))) / WORLD * args.max_response
-    batches += [[]] * (max(gather(len(batches))) - len(batches))  # all must take part in each pass
-    total = 0.0
-    for indices in batches:
-        batch = [active[i] for i in indices]
-        sequences = [r.prompt + r.prefix + r.completion for r in batch] or [[0, 0]]
-        starts = [len(r.prompt) for r in batch] or [1]
+    trained = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
+    lengths = [len(r.prompt + r.prefix + r.completion) for r in trained]
+    batches = [[trained[i] for i in indices] for indices in micro_batches(lengths,
+                                                                          args.micro_tokens)]
+    divisor, total = len(rollouts) * args.max_response, 0.0
+    logprobs_of, batches, divisor = for_all_processes(policy, batches, divisor)  # one: no change
+    for batch in batches:
+        sequences = [r.prompt + r.prefix + r.completion for r in batch]
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
-            logprobs, entropies = logprobs_of(sequences, starts, args.temperature)
-        loss = 0.0 if batch else 0 * logprobs[0].sum()
-        for r, both, entropy in zip(batch, logprobs, entropies):
-            r.logprobs, r.entropies = both.tolist(), entropy.tolist()
-            loss = loss + rollout_loss(r, both, args)
-        (loss / divisor).backward()
-        total += loss.item() / divisor
+            logprobs, entropies = logprobs_of(sequences, [len(r.prompt) for r in batch],
+                                              args.temperature)
+        loss = sum(rollout_loss(r, values, args) for r, values in zip(batch, logprobs)) / divisor
+        loss.backward()
+        total += loss.item()
+        for r, values, entropy in zip(batch, logprobs, entropies):
+            r.logprobs, r.entropies = values.tolist(), entropy.tolist()
     return total
 
 # ==== Part 5. One step, and the loop.
+#
+# Everything random comes from generators seeded with (seed, step, process), the order of the data
+# with the seed. So weights, optimizer state and the number of steps are a run's whole state, and a
+# run that was stopped and resumed is the run that was not, bit for bit.
+def batch_at(step: int, task: "Task", args: Recipe) -> list[Problem]:
+    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
+    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
+    order = {epoch: random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
+             for epoch in {i // n for i in places}}
+    return [task.train[order[i // n][i % n]] for i in places]
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Recipe) -> None:
+    """A linear warm-up, then constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+
+@torch.no_grad()
+def refresh(sampler: nn.Module, policy: nn.Module) -> None:
+    """Copy the policy's weights into the sampler (if it is a copy: Part 8), one by one."""
+    for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
+        if old is not new:
+            old.copy_(whole(new))
+
 def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Optimizer,
-               task: "Task", args: Settings, step: int) -> tuple[dict, list[list[Rollout]]]:
-    """Rollouts, then the update: (metrics over all processes, this process's groups).
-
-    The sampler has the policy's weights (Part 9): it is the policy itself, or a copy to draw from.
-    """
-    spent = Counter(seconds_sample=0.0)  # seconds and tokens
-
-    def generate(requests: list[Tokens], limits: list[int]) -> list[Drawn]:
-        began = time.perf_counter()
-        completions, logprobs = sample(sampler, requests, limits, args.temperature,
-                                       kv_tokens=args.kv_tokens)
-        spent["seconds_sample"] += time.perf_counter() - began
-        spent["tokens_generated"] += sum(map(len, completions))
-        return list(zip(completions, logprobs))
-
+               task: "Task", args: "Settings", step: int) -> tuple[dict, list[list[Rollout]]]:
+    """Rollouts, then one update on all of them: (metrics over all processes, this one's groups)."""
     # ---- Rollout phase: this process's share of the step's prompts, a group of rollouts each.
-    began = time.perf_counter()
     rng = random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
-    groups = sample_groups(batch_at(step, task, args)[RANK::WORLD], args.schedule, generate,
-                           task.reward, rng, max_response=args.max_response,
-                           speculate=args.speculate)
+    problems = batch_at(step, task, args)[RANK::WORLD]
+    meter = Meter(sampler, task, args)  # samples and rewards, and counts tokens and seconds
+    groups = sample_groups(problems, args.schedule, meter.generate, meter.reward, rng,
+                           max_response=args.max_response, speculate=args.speculate)
     for group in groups:
         advantages = group_advantages(torch.tensor([float(r.reward) for r in group]))
         for r, advantage in zip(group, advantages.tolist()):
             r.advantage = advantage
-    spent["seconds_reward"] = time.perf_counter() - began - spent["seconds_sample"]
 
-    # ---- Learning phase: one update on all of them.
-    began = time.perf_counter()
+    # ---- Learning phase: one update.
     rollouts = [r for group in groups for r in group]
     for p in policy.parameters():  # zeros, not None, or AdamW's momentum would skip an inert step
         p.grad = torch.zeros_like(p)
     loss = accumulate_gradients(policy, rollouts, args)
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-    norm = float(norm.full_tensor() if WORLD > 1 else norm)
+    norm = float(whole(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
     if math.isfinite(norm):
         set_learning_rate(optimizer, step, args)
         optimizer.step()
         refresh(sampler, policy)
-    spent["seconds_update"] = time.perf_counter() - began
-    return step_metrics(policy, rollouts, loss, norm, spent, args), groups
+    return step_metrics(policy, rollouts, loss, norm, meter, args), groups
 
-def train(args: Settings) -> None:
+def train(args: "Settings") -> None:
     """The whole run: load or resume; then roll out, update, evaluate and save, step by step."""
     policy, tokenizer, sampler, optimizer, task, done = prepare(args)  # steps done, 0 or resumed
-    log, skipped = open_log(args, done), 0
-    if done == 0 and task.heldout:
-        log(done, {"eval": evaluate(sampler, task, args, whole=True)})
-    with caught_signals() as signals:
-        bar = tqdm(range(done, args.steps), title(args), disable=RANK > 0)
-        for step in bar:
-            metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
-            done, last = step + 1, step + 1 == args.steps
-            skipped = skipped + 1 if metrics["grad_norm"] is None else 0  # in a row
-            due = last or done % args.eval_every == 0
-            if due and task.heldout:
-                metrics["eval"] = evaluate(sampler, task, args, whole=last)
-                show_group(groups, tokenizer, args)
-            log(done, metrics, [as_record(group, tokenizer, args) for group in groups[:2] if due])
-            bar.set_postfix(in_short(metrics), refresh=False)
-            stop = any(gather(bool(signals) or skipped == 3))  # in any process
-            if stop or last or done % args.save_every == 0:
-                save(policy, tokenizer, optimizer, done, args)
-            if stop:
-                break
-        finish(args, done, skipped, signals)
+    open_log(args, done, tokenizer)
+    if done == 0:
+        log(args, done, {"eval": evaluate(sampler, task, args, greedy=True)})
+    signals, failures = catch_signals(), 0
+    bar = tqdm(range(done, args.steps), args.method, disable=RANK > 0)
+    for step in bar:
+        metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
+        done, last = step + 1, step + 1 == args.steps
+        failures = failures + 1 if metrics["grad_norm"] is None else 0  # in a row
+        due = last or done % args.eval_every == 0
+        if due:
+            metrics["eval"] = evaluate(sampler, task, args, greedy=last)
+            show_group(groups, tokenizer, args)
+            print_once(f"step {done}: {in_short(metrics)}")
+        log(args, done, metrics, groups[:2] if due else [])
+        bar.set_postfix_str(in_short(metrics), refresh=False)
+        stop = any(gather(bool(signals) or failures == 3))  # in any process
+        if stop or last or done % args.save_every == 0:
+            save(policy, tokenizer, Path(args.out, f"checkpoint-{done}"),
+                 {"step": done, "optimizer": optimizer})
+        if stop:
+            break
+    finish(policy, tokenizer, done, failures, args)
 
 # ==== The workshop. This was TRAPO; below is what it runs on.
 #
 # ==== Part 6. The sampler: draws rollouts for train_step, and responses for `evaluate` and eval.py.
 #
-# Not model.generate, which takes top-k, top-p and a repetition penalty from the model's
-# generation_config: samples from another distribution would make the policy gradient biased.
+# Not model.generate: here a group's prompt is read once, rows leave when they are finished, every
+# request has random numbers of its own, and the log-probs come as the tokens were drawn.
 @torch.inference_mode()
 def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], temperature: float = 1.0,
-           *, noise: Tensor | None = None, kv_tokens: int = 1 << 19,
+           *, uniforms: Tensor | None = None, kv_tokens: int = 1 << 19,
            ) -> tuple[list[Tokens], list[list[float]]]:
-    """Draw one completion per request from the exact policy.
+    """Draw one completion per request from the exact policy: no top-k, no top-p, no penalty.
 
     Args: requests: token ids, ragged, none empty.   limits: new tokens allowed for each.
         temperature: divides the logits; 0 is greedy.
-        noise: [requests, longest limit] uniform numbers, float64; else from torch's generator.
+        uniforms: [requests, longest limit] random numbers in [0, 1), float64; else torch's own.
         kv_tokens: split the requests so that a batch's cache holds at most so many tokens.
     Returns: completions (EOS included when reached) and the log-probs of what was drawn, nats,
         under softmax(logits / temperature), or softmax(logits) if greedy.
@@ -472,45 +459,45 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], tempera
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
     # Every request has its own random numbers, so what it draws does not depend (up to rounding) on
     # how the requests are split, or on when finished rows leave the batch.
-    if noise is None:
-        noise = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
+    if uniforms is None:
+        uniforms = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
     for indices in micro_batches([len(request) + max(limits) for request in requests], kv_tokens):
-        drawn = decode(policy, [requests[i] for i in indices], [limits[i] for i in indices],
-                       noise[indices].to(policy.device), temperature)
-        for i, completion, values in zip(indices, *drawn):
+        results = decode(policy, [requests[i] for i in indices], [limits[i] for i in indices],
+                         uniforms[indices].to(policy.device), temperature)
+        for i, completion, values in zip(indices, *results):
             completions[i], logprobs[i] = completion, values
     policy.train(was_training)
     return completions, logprobs
 
-def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], noise: Tensor,
+def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], uniforms: Tensor,
            temperature: float) -> tuple[list[Tokens], list[list[float]]]:
     """One batch of `sample`: run the requests, then draw a token of every row in each step."""
     logits, batch = prefill(policy, requests, max(limits))
-    ends = policy.generation_config.eos_token_id or ()
+    eos_ids = policy.generation_config.eos_token_id or ()
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
     rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
     for t in range(max(limits)):
-        tokens, values = draw_tokens(logits, noise[:, t], temperature)
+        tokens, values = draw_tokens(logits, uniforms[:, t], temperature)
         for k, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), values.tolist())):
             if alive[k]:
                 completions[row].append(token)
                 logprobs[row].append(logprob)
-                alive[k] = token not in ends and len(completions[row]) < limits[row]
+                alive[k] = token not in eos_ids and len(completions[row]) < limits[row]
         if not any(alive):
             break
         # Finished rows leave once they are a quarter of the batch: a move copies the whole cache.
         if batch.used == batch.mask.shape[1] or sum(alive) <= 0.75 * len(alive):
             kept = [k for k, lives in enumerate(alive) if lives]
-            batch = Buffers(policy, batch.cache, kept, batch.mask[:, :batch.used], batch.position,
-                            max(limits) - t)
-            tokens, noise = tokens[kept], noise[kept]
+            batch = DecodeBatch(policy, batch.cache, kept, batch.mask[:, :batch.used],
+                                batch.position, max(limits) - t)
+            tokens, uniforms = tokens[kept], uniforms[kept]
             rows, alive = [rows[k] for k in kept], [True] * len(kept)
         logits = batch.step(tokens)
     return completions, logprobs
 
-def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tensor, "Buffers"]:
+def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tensor, "DecodeBatch"]:
     """Run each distinct request once, padded on the left: all completions start in one column.
-    Returns [B, V] logits, and buffers that hold the cache of the B requests."""
+    Returns [B, V] logits, and a batch that holds the cache of the B requests, for `most` tokens."""
     distinct = list(dict.fromkeys(map(tuple, requests)))
     row_of = {request: row for row, request in enumerate(distinct)}
     copies = [row_of[tuple(request)] for request in requests]
@@ -521,14 +508,14 @@ def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tenso
     cache = transformers.DynamicCache(config=policy.config)
     logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, cache=cache,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
-    return logits[copies, -1], Buffers(policy, cache, copies, mask, lengths[:, None] - 1, most)
+    return logits[copies, -1], DecodeBatch(policy, cache, copies, mask, lengths[:, None] - 1, most)
 
-ROOM = 32  # tokens that new buffers can take in at least
+ROOM = 32  # tokens that a new batch can take in at least
 capture_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: memory is kept by stream
 
-class Buffers:
+class DecodeBatch:
     """A batch's decode step on tensors of fixed size and place, as a CUDA graph needs them.
-    When finished rows leave, or the room is used up, the kept rows move into new buffers."""
+    When finished rows leave, or the room is used up, the kept rows move into a new batch."""
     def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], mask: Tensor,
                  position: Tensor, most: int) -> None:
         """Take in the `kept` rows of a cache, of [B, T] mask, and of [B, 1] position of the newest
@@ -575,8 +562,8 @@ class Buffers:
             return logits
         return replay
 
-def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[B, V] logits and [B] uniform numbers in [0, 1) -> [B] tokens and their log-probs.
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[B, V] logits and [B] random numbers in [0, 1) -> [B] tokens and their log-probs.
 
     Inverts the cumulative distribution: of blocks of the vocabulary, then within the block that was
     hit. The sums are float64: float32 would round away the tail of a vocabulary of 150 000.
@@ -587,18 +574,19 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tens
     size = min(256, logits.shape[1])
     weights = nn.functional.pad((logits - top).exp(), (0, -logits.shape[1] % size))
     blocks = weights.unflatten(1, (-1, size))                                     # [B, N, 256]
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                         # [B, N]
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                   # [B, N]
+    last = cumulative[:, -1:]
     if temperature:
-        target = noise[:, None] * ends[:, -1:]
-        block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+        target = uniforms[:, None] * last
+        block = torch.searchsorted(cumulative, target, right=True).clamp(max=blocks.shape[1] - 1)
         inside = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]    # [B, 256]
         inside = inside.double().cumsum(-1)
-        rest = target - nn.functional.pad(ends, (1, 0)).gather(1, block)
+        rest = target - nn.functional.pad(cumulative, (1, 0)).gather(1, block)
         # Rounding may not carry it past the block's last token of a weight above zero.
         rest = torch.minimum(rest, inside[:, -1:].nextafter(torch.zeros_like(rest)))
         token = block * size + torch.searchsorted(inside, rest, right=True)
         token = token.clamp(max=logits.shape[1] - 1)
-    logprobs = logits.gather(1, token) - top - ends[:, -1:].log()
+    logprobs = logits.gather(1, token) - top - last.log()
     return token[:, 0], logprobs[:, 0]
 
 def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
@@ -612,7 +600,7 @@ def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
     branches = []  # (request, limit)
     for problem, picked in zip(problems, solutions):
         for m, (micro_group, solution) in enumerate(zip(schedule, picked)):
-            # Returns lie in [0, 1], so the two extremes show what may be decided.
+            # Rewards lie in [0, 1], so the two extremes show what may be decided.
             extremes = [[0.0], [1.0]] if m else [[]]
             for guided in {solution is not None and is_guided(x, micro_group) for x in extremes}:
                 prefix = expert_prefix(solution, micro_group.ratio) if guided else []
@@ -620,41 +608,45 @@ def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
                     branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
                     branches += [branch] * micro_group.size
     stock = defaultdict(list)
-    drawn = generate(*map(list, zip(*branches))) if branches else []
-    for (request, limit), completion in zip(branches, drawn, strict=True):
+    results = generate(*map(list, zip(*branches))) if branches else []
+    for (request, limit), completion in zip(branches, results, strict=True):
         stock[tuple(request), limit].append(completion)
-    return lambda requests, limits: [stock[tuple(request), limit].pop(0)
-                                     for request, limit in zip(requests, limits)]
+
+    def hand_out(requests: list[Tokens], limits: list[int]) -> list[Completion]:
+        wanted = [(tuple(request), limit) for request, limit in zip(requests, limits)]
+        if Counter(wanted) - Counter({key: len(left) for key, left in stock.items()}):
+            raise ValueError("--speculate needs rewards in [0, 1]: use --no-speculate")
+        return [stock[key].pop(0) for key in wanted]
+    return hand_out
 
 # ==== Part 7. Models, data and reward: what `prepare` and eval.py load.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = (".jsonl", ".json", ".parquet")
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "openr1": ("Elliott/Openr1-Math-46k-8192", None)}
 
 class InputError(ValueError):
-    """The user's input cannot be used: main() prints the message as one line and exits with 2."""
-
-def brief(error: BaseException) -> str:
-    """The beginning of an error's message, as one line."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    """The user's input cannot be used: the program prints one line and exits with 2."""
 
 @contextlib.contextmanager
-def explained(doing: str, remedy: str) -> Iterator[None]:
-    """Whatever is raised while reading or writing becomes one InputError with a remedy."""
+def as_input_error(doing: str, remedy: str) -> Iterator[None]:
+    """Whatever is raised while reading becomes one InputError with a remedy."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # the Hub, the network, parsers and safetensors: each has its own
-        raise InputError(f"cannot {doing} ({brief(error.__cause__ or error)}): {remedy}") from error
+        reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+        raise InputError(f"cannot {doing} ({reason}): {remedy}") from error
+
+def model_folder(name: str) -> Path:
+    """A run's folder stands for the final model in it: runs/x is runs/x/model."""
+    return Path(name, "model") if Path(name, "model", "config.json").exists() else Path(name)
 
 def load_policy(name: str) -> tuple[nn.Module, object]:
     """A causal LM with fp32 master weights on the CPU, and its tokenizer: from a local folder, a
     Hub id, or a bare Qwen name. InputError if it cannot be had or used."""
-    path = name if os.path.isdir(name) or "/" in name else f"Qwen/{name}"
-    safe = {"trust_remote_code": False}
-    with explained(f"use model '{name}' (tried a folder of that name and the Hub id {path})",
-                   "give the folder of a decoder such as Qwen2.5, or delete a damaged checkpoint"):
+    folder, safe = model_folder(name), {"trust_remote_code": False}
+    path = str(folder) if folder.is_dir() or "/" in name else f"Qwen/{name}"
+    with as_input_error(f"use model '{name}' (tried a folder of that name and the Hub id {path})",
+                        "give the folder of a decoder such as Qwen2.5, or delete a damaged one"):
         config = transformers.AutoConfig.from_pretrained(path, **safe)
         for key, value in list(vars(config).items()):  # dropout: log-probs would differ by pass
             if "drop" in key and isinstance(value, float):
@@ -663,14 +655,15 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
         policy, report = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, output_loading_info=True, **safe)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks weights: {', '.join(sorted(report['missing_keys']))}")
+        for fault in "missing_keys", "unexpected_keys":
+            if report[fault]:
+                raise ValueError(f"{fault} of weights: {', '.join(sorted(report[fault]))}")
         # Fresh: sampling defaults are of no use here, and a contradiction among them would be
         # refused only when the first checkpoint is saved.
         policy.generation_config = transformers.GenerationConfig(
             eos_token_id=end_tokens(policy, tokenizer), pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id)
-        check_policy(policy)
+        check_policy(policy, tokenizer)
     return policy, tokenizer
 
 def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
@@ -678,29 +671,31 @@ def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
     models stop at what their template prints after an assistant's turn. ValueError without EOS."""
     if tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer has no EOS token, so no response would end")
-    ends = policy.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ids = policy.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<answer>")[2]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        found |= special & set(tokenizer(after, add_special_tokens=False).input_ids[:1])
-    return sorted(found)
+        ids |= special & set(tokenizer(after, add_special_tokens=False).input_ids[:1])
+    return sorted(ids)
 
 @torch.no_grad()
-def check_policy(policy: nn.Module) -> None:
+def check_policy(policy: nn.Module, tokenizer) -> None:
     """ValueError for a model whose log-probs token_logprobs or sample would get wrong: they do
     without its output layer and its masks, so they are compared with its own logits."""
+    if max(tokenizer.get_vocab().values()) >= policy.get_input_embeddings().num_embeddings:
+        raise ValueError("its tokenizer has more ids than its embedding has rows")
     if getattr(policy.config, "sliding_window", None):
         raise ValueError("its attention slides")
     ids = list(range(1, 17))
-    (_, new), (_, drawn) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
-    whole = ids[:5] + new
-    logits = policy(torch.tensor([whole])).logits[0, :-1]
-    own = logits.log_softmax(-1)[range(len(whole) - 1), whole[1:]]
-    (ours,), _ = token_logprobs(policy, [whole], [1])
-    for found in (ours, torch.tensor(drawn)):
-        if not torch.allclose(found, own[-len(found):], atol=1e-3, rtol=1e-3):
+    (_, new), (_, sampled) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
+    sequence = ids[:5] + new
+    logits = policy(torch.tensor([sequence])).logits[0, :-1]
+    own = logits.log_softmax(-1)[range(len(sequence) - 1), sequence[1:]]
+    (scored,), _ = token_logprobs(policy, [sequence], [1])
+    for values in scored, torch.tensor(sampled):
+        if not torch.allclose(values, own[-len(values):], atol=1e-3, rtol=1e-3):
             raise ValueError("its logits are capped, scaled or not finite")
 
 def check_context(policy: nn.Module, tokens: int) -> None:
@@ -714,9 +709,9 @@ def check_context(policy: nn.Module, tokens: int) -> None:
 class Task:
     """All that the training loop knows of the data."""
     train: list[Problem]
-    heldout: dict[str, list[Problem]]  # name of a held-out set -> its problems, the main one first
+    heldout: list[Problem]
     reward: Callable[[Problem, Tokens], float]
-    in_order: bool = False             # a curriculum: not to be shuffled
+    fingerprint: str = ""  # of the rows and the first prompt: a resumed run must find them again
 
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
@@ -725,20 +720,26 @@ def grade(response: str, answer: str) -> tuple[float, str]:
     found = parse(response)
     return float(verify(parse(f"${answer}$"), found)), "" if found else "no answer found"
 
-def load_rows(dataset: str, split: str = "train"):
-    """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had."""
-    from datasets import disable_progress_bars, load_dataset
-    disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what goes wrong is said once
+def load_rows(dataset: str, split: str = "train") -> list[dict]:
+    """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had. Numbers in JSON
+    stay as they were written: an answer of 0.10 is not 0.1."""
     hub, config = HUB.get(dataset, (None, None))
-    with explained(f"read the {'Hub data set' if hub else 'file'} {hub or dataset}",
-                   "give a local file of rows in UTF-8: .jsonl, .json or .parquet"):
+    with as_input_error(f"read {hub or dataset}",
+                        "give a local file of rows in UTF-8: .jsonl, .json or .parquet"):
         if hub:
-            return load_dataset(hub, config, split=split)
-        if not os.path.getsize(dataset):
-            raise ValueError("it is empty")
-        return load_dataset(KINDS[Path(dataset).suffix], data_files=glob.escape(dataset),
-                            split="train")
+            from datasets import load_dataset
+            return load_dataset(hub, config, split=split).to_list()
+        if dataset.endswith(".parquet"):
+            from pyarrow import parquet
+            return parquet.read_table(dataset).to_pylist()
+        text, rows = Path(dataset).read_text(encoding="utf-8"), []
+        parse = functools.partial(json.loads, parse_float=str, parse_int=str)
+        if dataset.endswith(".json"):
+            return list(parse(text))
+        for number, line in enumerate(text.split("\n"), 1):
+            with as_input_error(f"read line {number}", "correct it"):
+                rows += [parse(line)] if line.strip() else []
+        return rows
 
 def read_row(row: dict) -> tuple[object, list[str], object]:
     """(problem, solutions, answer) of a row of OpenR1 (prompt, target, reward_model), GSM8K
@@ -753,12 +754,12 @@ def read_row(row: dict) -> tuple[object, list[str], object]:
         answer = answer.strip().replace(",", "")
         return problem, [f"{solution.strip()}\n\\boxed{{{answer}}}"], answer
     solutions = row.get("solution") or []
-    solutions = solutions if isinstance(solutions, list) else [solutions]
-    return problem, solutions, answer
+    return problem, solutions if isinstance(solutions, list) else [solutions], answer
 
 def as_text(value: str | int | float | None) -> str:
     """A text, a number as text, nothing as ""; ValueError for what was not meant as text."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (isinstance(value, str | None) or is_number and math.isfinite(value)):
         raise ValueError(f"neither text nor number: {value}")  # a list, True, NaN
     return "" if value is None else str(value).strip()
 
@@ -772,14 +773,13 @@ def prompt_tokens(problem: str, tokenizer) -> Tokens:
                                          add_generation_prompt=True)
     return tokenizer(chat, add_special_tokens=False).input_ids
 
-def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
+def make_problems(rows: list[dict], tokenizer, name: str, args: Recipe,
                   heldout: bool = False) -> list[Problem]:
-    """Rows -> Problems; what is empty or too long is dropped and counted. Held-out ones need no
-    solution; others without one are never guided. InputError if nothing is left, or for a row of
-    another form."""
+    """Rows of the data set `name` -> Problems. Held-out ones need no solution; others without one
+    are never guided. InputError if nothing is left, or for a row of another form."""
     problems, dropped = [], Counter()
-    for row in rows:
-        with explained(f"use a row of {args.dataset}", "see the README on columns"):
+    for number, row in enumerate(rows, 1):
+        with as_input_error(f"use row {number} of {name}", "see the README on columns"):
             problem, solutions, answer = read_row(row)
             problem, answer, *texts = map(as_text, (problem, answer, *solutions))
             prompt_ids = prompt_tokens(problem, tokenizer)
@@ -796,210 +796,79 @@ def make_problems(rows: Iterable[dict], tokenizer, args: Settings,
             problems.append(Problem(prompt_ids, short, answer))
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     if not problems:
-        raise InputError(f"{args.dataset} has no usable row{' to hold out' * heldout}; "
-                         f"dropped: {counts}")
+        raise InputError(f"{name} has no usable row{' to hold out' * heldout}; dropped: {counts}")
     kind = "held out" if heldout else f"({sum(bool(p.solutions) for p in problems)} with solutions)"
-    say(f"{args.dataset}: {len(problems)} problems {kind}; dropped: {counts}")
+    print_once(f"{name!r}: {len(problems)} problems {kind}; dropped: {counts}")
     return problems
 
-def math_task(tokenizer, args: Settings) -> Task:
-    """Problems with Math-Verify as reward. Held out: GSM8K's test set, or a file's last rows."""
-    rows, heldout = load_rows(args.dataset), []
-    test = load_rows("gsm8k", "test") if args.dataset == "gsm8k" else rows
-    size = min(args.eval_size, len(test) if args.dataset == "gsm8k" else len(rows) // 10)
-    if size:
-        test = test.select(range(len(test) - size, len(test)))
-        heldout = make_problems(test, tokenizer, args, heldout=True)
-    if args.dataset != "gsm8k":
-        rows = rows.take(len(rows) - size)
+def make_task(tokenizer, args: Recipe) -> Task:
+    """The data, with Math-Verify as reward. Held out: the last rows of --test, of GSM8K's own test
+    set, or of the data set, a tenth of it at most."""
+    rows, test_name = load_rows(args.dataset), args.test or args.dataset
+    if args.test or args.dataset == "gsm8k":
+        test = load_rows(test_name, "test")
+        test = test[max(0, len(test) - args.eval_size):]
+    else:
+        split = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, test = rows[:split], rows[split:]
+    heldout = make_problems(test, tokenizer, test_name, args, heldout=True) if test else []
     asked = {tuple(problem.prompt_ids) for problem in heldout}
-    train = [problem for problem in make_problems(rows, tokenizer, args)
+    train = [problem for problem in make_problems(rows, tokenizer, args.dataset, args)
              if tuple(problem.prompt_ids) not in asked]
     if not train:
         raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
     if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
         raise InputError(f"--method {args.method} needs solutions, and {args.dataset} has none")
+    digest = hashlib.sha256(repr(train[0].prompt_ids).encode())
+    for row in rows + test:
+        digest.update(repr(row).encode())
 
     def reward(problem: Problem, response: Tokens) -> float:
         return grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)[0]
 
-    return Task(train, {"held out": heldout} if heldout else {}, reward)
+    return Task(train, heldout, reward, digest.hexdigest()[:16])
 
-# ==== Part 8. The clock world: the embedded experiment, small enough for a CPU.
-#
-# A 24-hour clock shows h; k times some hours (1-9) are added or taken away, each step on a line
-# named by a letter. A tiny Qwen2 is "pretrained" from scratch on a textbook (prompts that end in
-# ":" and worked lines) and a quiz (prompts that end in "?" and blurted answers): it knows how to
-# work, but does not when asked. The expert works, but rambles, takes wrong turns and
-# corrects them, as R1's traces do. Chance is 4 %.
-#
-#     prompt   j 8 k -9 l +8 m +1 ?          direct   # 8 <eos>
-#     worked   k -9 23 l +8 7 m +1 8 # 8 <eos>
-#     expert   k -9 23 let's l +8 14 oops l +8 7 m +1 8 # 8 <eos>
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-FILLERS = ("let's hmm so now then well okay next wait right and first see think slowly "
-           "indeed").split()
-CLOCK_WORDS = ["<pad>", "<eos>", "?", ":", "#", "oops", *LETTERS, *map(str, range(24)),
-               *(f"{sign}{n}" for sign in "+-" for n in range(1, 10)), *FILLERS]
-
-SOUND = {"textbook (k 2-4)": 0.95, "direct (k 1)": 0.9}  # what a base must reach
-
-def clock_model(seed: int) -> tuple[nn.Module, object]:
-    """An untrained model like Qwen2, of 98 752 parameters, and its word-level tokenizer. By Llama's
-    class: beside a config of type qwen2, AutoTokenizer replaces any tokenizer by Qwen2's own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLOCK_WORDS)}))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.decoder = decoders.WordPiece(cleanup=False)  # spaces between words
-    torch.manual_seed(seed)
-    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(CLOCK_WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
-        initializer_range=0.1, attention_bias=True, tie_word_embeddings=False, eos_token_id=[1],
-        pad_token_id=0))
-    return policy, transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-def clock_problem(tokenizer, rng: random.Random, k: int, mark: str, worked: bool = True,
-                  filler: float = 0.0, slip: float = 0.0, largest: int = 9) -> Problem:
-    """One chain of k steps of 1 to `largest` hours and its solution, as shown above.
-    filler, slip: probability of an aside, and of a wrong line, before each line."""
-    hour, letter = rng.randrange(24), rng.randrange(16)
-    prompt, lines = [LETTERS[letter], str(hour)], []
-    for name in LETTERS[letter + 1:letter + 1 + k]:
-        change = rng.choice((-1, 1)) * rng.randint(1, largest)
-        hour = (hour + change) % 24
-        prompt += [name, f"{change:+d}"]
-        if rng.random() < filler:
-            lines.append(rng.choice(FILLERS))
-        if rng.random() < slip:
-            lines += [name, f"{change:+d}", str((hour + rng.randint(1, 23)) % 24), "oops"]
-        lines += [name, f"{change:+d}", str(hour)]
-    solution = [*(lines if worked else []), "#", str(hour), "<eos>"]
-    ids = tokenizer.convert_tokens_to_ids
-    return Problem(ids([*prompt, mark]), [ids(solution)], str(hour))
-
-def clock_task(tokenizer, args: Settings) -> Task:
-    """`clock`: 512 questions with k in 5..9, one expert solution each, and four held-out sets.
-    `clock-corpus`: what the base is pretrained on, as expert solutions for --method sft, in order.
-    Reward 1 for a response that ends in `# answer <eos>` and has exactly one `#`."""
-    if not set(CLOCK_WORDS) <= tokenizer.get_vocab().keys():
-        raise InputError("--dataset clock needs a --model of the embedded experiment, or none")
-
-    def reward(problem: Problem, response: Tokens) -> float:
-        ending = tokenizer.convert_tokens_to_ids(["#", problem.answer, "<eos>"])
-        return float(response[-3:] == ending and response.count(ending[0]) == 1)
-
-    def problems(name: str, size: int, shortest: int, longest: int, mark: str) -> list[Problem]:
-        rng = random.Random(f"{name} {args.seed}")
-        return [clock_problem(tokenizer, rng, rng.randint(shortest, longest), mark, filler=0.3,
-                              slip=0.1) for _ in range(size)]
-
-    if args.dataset == "clock-corpus":
-        rng, total = random.Random(f"textbook and quiz {args.seed}"), args.steps * args.prompts
-        corpus = [corpus_problem(tokenizer, rng, i / total, args.base_worked) for i in range(total)]
-        return Task(corpus, {}, reward, in_order=True)
-    sets = {"in range (k 5-9)": (5, 9, "?"), "longer (k 10)": (10, 10, "?"),
-            "textbook (k 2-4)": (2, 4, ":"), "direct (k 1)": (1, 1, "?")}
-    return Task(problems("train", 512, 5, 9, "?"),
-                {name: problems(name, args.eval_size, *kind) for name, kind in sets.items()
-                 if args.eval_size}, reward)
-
-def base_fault(folder: Path, args: Settings) -> str:
-    """Why a pretrained base is not fit for the experiment, or "": it must know, greedily, how to
-    work and how to blurt."""
-    policy, tokenizer = load_policy(str(folder))
-    args = fill_in({"dataset": "clock", "seed": args.seed, "temperature": 0.0})
-    task = clock_task(tokenizer, args)
-    task.heldout = {name: task.heldout[name] for name in SOUND}
-    scores = evaluate(policy, task, args, whole=True)
-    return ", ".join(f"{name}: {scores[name + ', greedy']:.3f} < {least}"
-                     for name, least in SOUND.items() if scores[name + ", greedy"] < least)
-
-def corpus_problem(tokenizer, rng: random.Random, progress: float,
-                   share_worked: float = 0.0) -> Problem:
-    """A text of the pretraining corpus, `progress` (0 to 1) of the way through it.
-
-    Copying a change from the prompt comes first, from changes of every size, then the addition,
-    from 1 up to 9 hours: a base that learns to add first tends never to copy. In the first half
-    every other "?" is worked, or the skill leans on the ":" and nothing is left to unlock.
-    """
-    early, level = progress < 0.5, 9 if progress < 0.2 else min(9, 1 + int(20 * (progress - 0.2)))
-    mark = "?" if rng.random() < (0.4 if early else 0.25) else ":"
-    worked = mark == ":" or rng.random() < (0.5 if early else share_worked)
-    k = 1 if not worked and (early or rng.random() < 0.8) else rng.randint(1, 10)
-    return clock_problem(tokenizer, rng, k, mark, worked, filler=0.04, slip=0.01, largest=level)
-
-# ==== Part 9. Processes and checkpoints: what `train` stands on.
+# ==== Part 8. Processes and checkpoints: what `train` stands on.
 #
 # Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
 # keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
-# Everything random comes from generators seeded with (seed, step, rank), the order of the data with
-# the seed: so weights, optimizer state and the number of steps are a run's whole state, and a run
-# that was killed and resumed equals one that was not, bit for bit.
-KEPT = 20_000_000  # bytes that rollouts.jsonl may have
-WHOLE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+RANK, WORLD = 0, 1
+if dist.is_torchelastic_launched():
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def prepare(args: Settings) -> tuple:
-    """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
-    saved = checkpoints(Path(args.out)) if args.resume else []
-    source = str(saved[-1]) if saved else args.model
-    policy, tokenizer = load_policy(source) if source else clock_model(args.seed)
-    with explained(f"read {source}/trainer.pt", "delete that checkpoint"):
-        state = torch.load(f"{source}/trainer.pt", weights_only=True, mmap=True) if saved else {}
-    check_context(policy, args.max_prompt + args.max_response)
-    task = (clock_task if args.dataset in CLOCKS else math_task)(tokenizer, args)
-    sampler = make_sampler(policy, args)  # before sharding: it is whole
-    policy.train()
-    if args.recompute:
-        policy.activation_checkpointing_enable({"use_reentrant": False})
-    shard(policy, args) if WORLD > 1 else policy.to(args.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, tuple(args.betas), weight_decay=0.0)
-    if state.get("optimizer", {}).get("state"):  # empty if every update was skipped
-        full_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-    step = state.get("step", 0)
-    if step > args.steps:
-        raise InputError(f"the run in {args.out} is at step {step}: give --steps beyond")
-    if args.device == "cpu" and args.dataset not in CLOCKS:
-        foretell(sampler, task, args)
-    return policy, tokenizer, sampler, optimizer, task, step
+def start_processes(backend: str, device: str) -> None:
+    """Join the processes that torchrun started, if it did. InputError if something else did."""
+    if os.environ.get("WORLD_SIZE", "1") != str(WORLD):
+        raise InputError("WORLD_SIZE is set, but not by torchrun: use torchrun, or unset it")
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # A day: others wait while one writes a checkpoint, for longer than NCCL's ten minutes.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
 
-def foretell(sampler: nn.Module, task: Task, args: Settings) -> None:
-    """On a CPU, say what a step may take, from the first tokens of the first prompt's rollouts."""
-    prompt, rows, seconds = batch_at(0, task, args)[0].prompt_ids, sum(args.sizes), []
-    for new in (1, 9):
-        began = time.perf_counter()
-        sample(sampler, [prompt] * rows, [new] * rows, kv_tokens=args.kv_tokens)
-        seconds.append(time.perf_counter() - began)
-    longest = args.max_response * (seconds[1] - seconds[0]) / 8
-    # A backward pass costs two forward passes; the prompt's was read once for all of its rollouts.
-    update = 3 * rows * seconds[0] / len(prompt) * (len(prompt) + args.max_response)
-    minutes = args.prompts / WORLD * (longest + update) / 60
-    if minutes > 1:
-        say(f"A step may take up to {minutes:.1f} minutes here ({args.prompts} x {rows} rollouts, "
-            f"each up to {args.max_response} tokens). Fewer: --prompts, --max-response, --bf16.")
+def gather(value: object) -> list:
+    """Every process's value, in the order of their ranks: [value] if there is one process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
 
-def make_sampler(policy: nn.Module, args: Settings) -> nn.Module:
-    """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16."""
-    if args.device == "cpu" and WORLD == 1 and not args.bf16:
-        return policy
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    # Parameters are cast one by one, so that there is never a second fp32 model, and no buffers:
-    # RoPE's must stay fp32.
-    copies = {id(p): nn.Parameter(p.detach().to(args.device, dtype, copy=True), False)
-              for p in policy.parameters()}
-    return copy.deepcopy(policy, copies).to(args.device)
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or what FSDP keeps of it in shards, put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-@torch.no_grad()
-def refresh(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights into the sampler, one parameter at a time."""
-    for mine, new in zip(sampler.parameters(), policy.parameters(), strict=True):
-        if mine is not new:
-            mine.copy_(new.full_tensor() if WORLD > 1 else new)
-    if sampler.device.type == "cuda":
-        torch.cuda.synchronize()  # or the update's time is counted as the next step's
+def for_all_processes(policy: nn.Module, batches: list[list[Rollout]],
+                      divisor: float) -> tuple[Callable, list[list[Rollout]], float]:
+    """What accumulate_gradients needs so that the processes' gradients add up to that of one:
+    token_logprobs as FSDP knows it; equally many micro-batches, since all must take part in each
+    pass (a rollout of advantage 0 has gradient 0); and, since FSDP averages, the mean divisor."""
+    logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
+    missing = max(gather(len(batches))) - len(batches)
+    nothing = [Rollout(prompt=[0], prefix=[], completion=[0])]
+    return logprobs_of, batches + [nothing] * missing, sum(gather(divisor)) / WORLD
 
-def shard(policy: nn.Module, args: Settings) -> None:
+def shard(policy: nn.Module, args: "Settings") -> None:
     """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another."""
     from torch.distributed import fsdp
     options = {"mesh": dist.init_device_mesh(args.device, (WORLD,))}
@@ -1011,76 +880,79 @@ def shard(policy: nn.Module, args: Settings) -> None:
     policy.token_logprobs = functools.partial(token_logprobs, policy)
     fsdp.register_fsdp_forward_method(policy, "token_logprobs")
 
-def batch_at(step: int, task: Task, args: Settings) -> list[Problem]:
-    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
-    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
-    order = {epoch: range(n) if task.in_order else
-             random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
-             for epoch in {i // n for i in places}}
-    return [task.train[order[i // n][i % n]] for i in places]
+def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
+    """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16."""
+    if args.device == "cpu" and WORLD == 1 and not args.bf16:
+        return policy
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    # Parameters are cast one by one, so that there is never a second fp32 model, and no buffers:
+    # RoPE's must stay fp32.
+    copies = {id(p): nn.Parameter(p.detach().to(args.device, dtype, copy=True), False)
+              for p in policy.parameters()}
+    return copy.deepcopy(policy, copies).to(args.device)
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Settings) -> None:
-    """A linear warm-up, then constant; with args.decay, falling to 0 in the second half."""
-    factor = min(1, (step + 1) / max(1, args.warmup))
-    if args.decay:
-        factor *= min(1, 2 * (1 - step / args.steps))
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * factor
+def prepare(args: "Settings") -> tuple:
+    """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
+    saved = checkpoints(Path(args.out)) if args.resume else []
+    policy, tokenizer = load_policy(str(saved[-1]) if saved else args.model)
+    if policy.num_parameters() < 1e6:
+        torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
+    check_context(policy, args.max_prompt + args.max_response)
+    task = make_task(tokenizer, args)
+    if args.fingerprint not in ("", task.fingerprint):
+        raise InputError(f"the rows of {args.dataset}, or their prompts, are not those that the run"
+                         " began with: bring them back, or start another run")
+    args.fingerprint = task.fingerprint
+    sampler = make_sampler(policy, args)  # before sharding: it is whole
+    policy.train()
+    if args.recompute:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    shard(policy, args) if WORLD > 1 else policy.to(args.device)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0)
+    step = load_trainer(policy, optimizer, saved[-1]) if saved else 0
+    if step > args.steps:
+        raise InputError(f"the run in {args.out} is at step {step}: give --steps beyond")
+    return policy, tokenizer, sampler, optimizer, task, step
 
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[float]]:
-    """A list that fills when Ctrl-C or SIGTERM comes; a second one ends the program at once (but
-    for a second: torchrun passes a Ctrl-C on that its processes had already)."""
-    came: list[float] = []
-
-    def note(number: int, frame: object) -> None:
-        came.append(time.monotonic())
-        if came[-1] > came[0] + 1:
-            raise KeyboardInterrupt
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-@contextlib.contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Make a run's folder and hold it, so that no other run writes into it."""
-    with explained(f"write to {folder}", "give another --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        with explained(f"write to {folder}: another run does", "give another --out"):
-            if RANK == 0:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        gather(0)  # the others wait here
-        yield
-    finally:
-        os.close(handle)
+def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
+    """A checkpoint's optimizer state, and its step; InputError if it is not this model's."""
+    with as_input_error(f"use {folder}/trainer.pt", "delete that checkpoint"):
+        state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
+        if state["step"] != int(folder.name[11:]):
+            raise ValueError("it is of another step")
+        if state["optimizer"]["state"]:  # empty if every update was skipped
+            sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+        if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
+            raise ValueError("it is of another model")
+    return state["step"]
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = (path for path in out.glob("checkpoint-*/") if path.name[11:].isdigit())
     return sorted(found, key=lambda path: int(path.name[11:]))
 
-def save(policy: nn.Module, tokenizer, optimizer, step: int, args: Settings) -> None:
-    """Write <out>/checkpoint-<step>, whole or not at all; the newest two are kept.
-    All processes must call it."""
-    weights = full_state.get_model_state_dict(policy, options=WHOLE)
-    state = full_state.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    out = Path(args.out)
-    final, temporary = out / f"checkpoint-{step}", out / ".unfinished"
-    if RANK:
-        return
-    with explained(f"save to {out}", "free space there, then --resume from the older checkpoint"):
-        shutil.rmtree(temporary, ignore_errors=True)
-        policy.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        torch.save({"step": step, "optimizer": state}, temporary / "trainer.pt")
-        os.replace(temporary, final)
-        for older in checkpoints(out)[:-2]:
-            shutil.rmtree(older)
+def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None) -> None:
+    """Write a model's folder, whole or not at all: aside, then renamed. With a trainer (optimizer
+    and step) it is a checkpoint, of which the newest two are kept. All processes must call it."""
+    weights = sharded.get_model_state_dict(policy, options=WHOLE)
+    if trainer:
+        trainer["optimizer"] = sharded.get_optimizer_state_dict(
+            policy, trainer["optimizer"], options=WHOLE)
+    aside, old = folder.with_name(".unfinished"), folder.with_name(".old")
+    if RANK == 0:
+        for left in aside, old:
+            shutil.rmtree(left, ignore_errors=True)
+        policy.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        if trainer:
+            with (aside / "trainer.pt").open("wb") as file:  # a file's errors are plain ones
+                torch.save(trainer, file)
+        if folder.exists():  # the model of a finished run that was given more steps
+            os.replace(folder, old)
+        os.replace(aside, folder)
+        for older in [old, *checkpoints(folder.parent)[:-2]]:
+            shutil.rmtree(older, ignore_errors=True)
+    gather(0)  # nobody goes on, or ends and so makes torchrun end all, before it is there
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one, nothing between."""
@@ -1088,75 +960,72 @@ def write_whole(path: Path, text: str) -> None:
     temporary.write_text(text)
     os.replace(temporary, path)
 
-def open_log(args: Settings, start: int) -> Callable[..., None]:
-    """Write settings.json; a function that appends a step's metrics to metrics.jsonl, and groups
-    worth keeping to rollouts.jsonl. Both are cut back to step `start`; --overwrite removes what
-    the old run left."""
+def open_log(args: "Settings", start: int, tokenizer) -> None:
+    """Write what describes the run, and cut its logs back to step `start`."""
     gather(0)  # nobody writes before everybody has read
-    if RANK:
-        return lambda step, metrics, groups=(): None
-    out, last = Path(args.out), time.perf_counter()
-    kept: dict[str, list[str]] = {"metrics.jsonl": [], "rollouts.jsonl": []}
-    for name in kept if start else ():
-        path = out / name
-        with explained(f"read {path}", "delete the lines that are damaged"):
-            kept[name] = [line for line in path.read_text().splitlines(True)  # a kill may have
-                          if line.endswith("}\n")                             # torn the last one
-                          and json.loads(line)["step"] <= start] if path.exists() else []
-    if len(kept["metrics.jsonl"]) < start:
-        say(f"{out}/metrics.jsonl lacks some of the first {start} steps")
-    with explained(f"write to {out}", "free space there, then --resume"):
-        for old in checkpoints(out) if args.overwrite else ():  # before the settings: a kill in
-            shutil.rmtree(old)                                  # between must not mix two runs
-        settings = dataclasses.asdict(args) | {"resume": False, "overwrite": False}
-        write_whole(out / "settings.json", json.dumps(settings, indent=1))
-        for old in out.iterdir() if args.overwrite else ():
-            if old.is_file() and old.name != "settings.json":
-                old.unlink()
-        for name, lines in kept.items():
-            write_whole(out / name, "".join(lines))
+    out, data = Path(args.out), {}
+    for path in (out / "metrics.jsonl", out / "rollouts.jsonl") if RANK == 0 else ():
+        with as_input_error(f"mend {path}", "delete the lines that are damaged"):
+            lines = path.read_text().splitlines(True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("}\n")  # a kill may have torn the last
+                    and json.loads(line)["step"] <= start]
+            write_whole(path, "".join(kept))
+    for key in "dataset", "test", "max_prompt", "max_response":
+        value = getattr(args, key)
+        is_file = isinstance(value, str) and value not in HUB
+        data[key] = os.path.relpath(value, out) if is_file else value
+    if RANK == 0:
+        tokenizer.save_pretrained(out / "tokenizer")  # for `eval.py look`
+        write_whole(out / "defaults.json", json.dumps(data, indent=1))
+        write_whole(out / "settings.json", json.dumps(vars(args), indent=1))
 
-    def log(step: int, metrics: dict, groups: Iterable[dict] = ()) -> None:
-        """Append a line of metrics, and a line for each group, as long as there is room."""
-        nonlocal last
-        before, last = last, time.perf_counter()
-        metrics |= {"seconds": last - before}
-        with explained(f"write to {out}", "free space there, then --resume"):
-            for name, lines in ("rollouts.jsonl", groups), ("metrics.jsonl", [metrics]):
-                with (out / name).open("a") as file:
-                    for line in lines:
-                        text = json.dumps({"step": step, **line}) + "\n"
-                        if name == "metrics.jsonl" or file.tell() + len(text) < KEPT:
-                            file.write(text)
-    return log
+def log(args: "Settings", step: int, metrics: dict, groups: Iterable[list[Rollout]] = ()) -> None:
+    """Append a line to metrics.jsonl, and one for each group worth keeping to rollouts.jsonl."""
+    records = [{"rollouts": [vars(r) for r in group]} for group in groups]
+    for name, lines in ("rollouts.jsonl", records), ("metrics.jsonl", [metrics]):
+        if RANK == 0:
+            with Path(args.out, name).open("a") as file:
+                file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
 
-def finish(args: Settings, step: int, skipped: int, signals: list[float]) -> None:
-    """How a run ends: a complete one's model is copied into <out> itself, the weights last."""
-    gather(0)  # rank 0 has saved: torchrun ends all processes when one has ended
-    out, again = Path(args.out), f"python trapo.py --resume --out {args.out}"
-    if skipped == 3:
-        say("three updates in a row were not finite; the weights from before them are saved: "
-            f"{again} --lr <lower>")
+def catch_signals() -> list[int]:
+    """A list that fills when Ctrl-C or SIGTERM comes; a second one does what it always does."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(number, usual[number])
+    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    return came
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it, so that no other run or evaluation writes into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with as_input_error(f"write to {folder}: another program does", "give another --out"):
+            if RANK == 0:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gather(0)  # the others wait here
+        yield
+    finally:
+        os.close(handle)
+
+def finish(policy: nn.Module, tokenizer, step: int, failures: int, args: "Settings") -> None:
+    """How a run ends: a complete one's model is saved in <out>/model."""
+    again = f"python trapo.py --resume --out {args.out}"
+    if failures == 3:
+        print_once(f"three updates in a row were not finite; to go on from before: {again} --lr ..")
         raise SystemExit(1)
     if step < args.steps:
-        again = "the same command" if args.dataset == "clock-corpus" else again
-        say(f"stopped after step {step}; to go on: {again}")
+        print_once(f"stopped after step {step}; to go on: {again}")
         raise SystemExit(130)
-    if RANK == 0:
-        saved = out / f"checkpoint-{step}"
-        files = [file for file in saved.iterdir() if file.name != "trainer.pt"]
-        with explained(f"write to {out}", "free space there, then --resume"):
-            for file in sorted(files, key=lambda file: "safetensors" in file.name):
-                shutil.copy(file, out / ".copy")
-                os.replace(out / ".copy", out / file.name)
-            shutil.rmtree(out / ".unfinished", ignore_errors=True)
-        if args.dataset != "clock-corpus":
-            tell(out)
-    if any(gather(bool(signals))):  # and: the files are there
-        raise SystemExit(130)
+    save(policy, tokenizer, Path(args.out, "model"))
+    print_once(f"The model is in {args.out}/model. To look at rollouts: "
+               f"python eval.py look {args.out}")
 
-# ==== Part 10. Metrics, evaluation, printing: what the loop reports.
-def say(text: str) -> None:
+# ==== Part 9. Metrics, evaluation, printing: what the loop reports.
+def print_once(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
     if RANK == 0:
         with contextlib.suppress(OSError):  # the run goes on, though nobody may listen any more
@@ -1168,16 +1037,43 @@ def mean(values: Iterable[float]) -> float | None:
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     return total / len(values) if values and math.isfinite(total) else None
 
+class Meter:
+    """sample_groups' `generate` and `reward`, which count tokens and seconds for the metrics."""
+    def __init__(self, sampler: nn.Module, task: Task, args: "Settings") -> None:
+        self.began, self.tokens, self.seconds = time.perf_counter(), 0, Counter()
+        self.draw = functools.partial(sample, sampler, temperature=args.temperature,
+                                      kv_tokens=args.kv_tokens)
+        self.task = task
+
+    def timed(self, name: str, function: Callable, *inputs: object) -> typing.Any:
+        began = time.perf_counter()
+        result = function(*inputs)
+        self.seconds[name] += time.perf_counter() - began
+        return result
+
+    def generate(self, requests: list[Tokens], limits: list[int]) -> list[Completion]:
+        completions, logprobs = self.timed("sample", self.draw, requests, limits)
+        self.tokens += sum(map(len, completions))
+        return list(zip(completions, logprobs))
+
+    def reward(self, problem: Problem, response: Tokens) -> float:
+        return self.timed("reward", self.task.reward, problem, response)
+
 def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: float,
-                 spent: Counter, args: Settings) -> dict:
+                 meter: Meter, args: "Settings") -> dict:
     """A line of metrics.jsonl: what a step's rollouts, of all processes, say."""
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize()  # or the update's time is counted as the next step's
+    sampling, rewarding = meter.seconds["sample"], meter.seconds["reward"]
+    updating = time.perf_counter() - meter.began - sampling - rewarding
     rollouts = [r for part in gather(rollouts) for r in part]
-    own = [r for r in rollouts if r.completion]
+    completed = [r for r in rollouts if r.completion]
     trained = [r for r in rollouts if r.logprobs]
     p = [math.exp(x) for r in trained for x in r.logprobs[:len(r.prefix)]]
-    ends = policy.generation_config.eos_token_id or ()
+    eos_ids = policy.generation_config.eos_token_id or ()
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes, on Linux KiB
     peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
     return {
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
         "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
@@ -1186,283 +1082,245 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         **{f"guided_{m + 1}": mean(bool(r.prefix) for r in rollouts if r.micro_group == m)
            for m in range(len(args.schedule))},
         "response_length": mean(len(r.prefix + r.completion) for r in rollouts),
-        "completion_length": mean(len(r.completion) for r in own),
-        "truncated": mean(r.completion[-1] not in ends for r in own),
+        "completion_length": mean(len(r.completion) for r in completed),
+        "truncated": mean(r.completion[-1] not in eos_ids for r in completed),
         # Of trained rollouts alone: groups that are all right or all wrong are not in it.
         "entropy": mean(x for r in trained for x in r.entropies[len(r.prefix):]),
         "logprob_gap": mean(abs(x - y) for r in trained for x, y in zip(
             r.logprobs[len(r.prefix):], r.sampler_logprobs)),
-        "prefix_p": mean(p),
-        "prefix_outside_share": mean(x < args.alpha for x in p),
-        "prefix_weight": mean(1 / max(x, args.alpha, 1e-300) for x in p),
-        "prefix_inverse_p": mean(1 / max(x, 1e-300) for x in p),
-        "tokens_generated": sum(gather(spent["tokens_generated"])),
+        "prefix_p": mean(p), "prefix_outside_share": mean(x < args.alpha for x in p),
+        "prefix_weight": mean(min(x / max(args.alpha, 1e-300), 1) for x in p),  # TrSFT's
+        "tokens_generated": sum(gather(meter.tokens)),
         "tokens_trained": sum(len(r.logprobs) for r in trained),
         "rollouts_skipped": len(rollouts) - len(trained),
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
-        **{name: value for name, value in spent.items() if name.startswith("seconds")}}
+        "seconds_sample": sampling, "seconds_reward": rewarding, "seconds_update": updating}
 
-def evaluate(sampler: nn.Module, task: Task, args: Settings, whole: bool) -> dict[str, float]:
-    """Share of held-out problems solved, by one response each, sampled as in training and greedy;
-    unless `whole`, only of the first held-out set, sampled: a cheap point of the curve."""
-    found = {}
-    for name, problems in list(task.heldout.items())[:None if whole else 1]:
-        mine, numbers = problems[RANK::WORLD], torch.Generator().manual_seed(args.seed)
-        noise = torch.rand(len(problems), args.max_response, dtype=torch.float64, generator=numbers)
-        for temperature in (args.temperature, 0.0) if whole else (args.temperature,):
-            responses, _ = sample(sampler, [p.prompt_ids for p in mine],
-                                  [args.max_response] * len(mine), temperature,
-                                  noise=noise[RANK::WORLD], kv_tokens=args.kv_tokens)
-            right = sum(gather(sum(map(task.reward, mine, responses))))
-            found[name if temperature else f"{name}, greedy"] = right / len(problems)
-    return found
+def in_short(metrics: dict) -> str:
+    """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
+    names = {"reward_unguided": "alone", "guided": "guided", "loss": "loss"}
+    values = metrics.get("eval", {}) | {names[key]: metrics[key] for key in names}
+    return ", ".join(f"{name} {x:.3f}" for name, x in values.items() if x is not None)
 
-def show_group(groups: list[list[Rollout]], tokenizer, args: Settings) -> None:
+def evaluate(sampler: nn.Module, task: Task, args: "Settings", greedy: bool) -> dict[str, float]:
+    """Share of held-out problems solved, by one response each, sampled as in training; and greedily
+    if asked. {} if no problem is held out."""
+    accuracy, problems = {}, task.heldout[RANK::WORLD]
+    uniforms = torch.rand(len(task.heldout), args.max_response, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(args.seed))
+    names = {"held out": args.temperature} | ({"held out, greedy": 0.0} if greedy else {})
+    for name, temperature in names.items() if task.heldout else ():
+        responses, _ = sample(sampler, [p.prompt_ids for p in problems],
+                              [args.max_response] * len(problems), temperature,
+                              uniforms=uniforms[RANK::WORLD], kv_tokens=args.kv_tokens)
+        right = sum(gather(sum(map(task.reward, problems, responses))))
+        accuracy[name] = right / len(task.heldout)
+    return accuracy
+
+def show_group(groups: list[list[Rollout]], tokenizer, args: Recipe) -> None:
     """Print the group that was helped most, the expert's prefix set apart: the method at work."""
     left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     for group in sorted(groups, key=lambda group: sum(bool(r.prefix) for r in group))[-1:]:
-        say("prompt: " + tokenizer.decode(group[0].prompt))
+        print_once("prompt: " + tokenizer.decode(group[0].prompt))
         for m, micro_group in enumerate(args.schedule):
-            drawn = [r for r in group if r.micro_group == m]
-            so_far = mean(r.reward for r in group if r.micro_group < m)
-            helped = f"{micro_group.ratio:.0%} of the solution" if drawn[0].prefix else "no help"
-            say(f"  micro-group {m + 1}: {helped}"
-                + ("" if so_far is None else f", as the mean return so far is {so_far:.2f}"))
-            for r in drawn:
+            print_once(f"  micro-group {m + 1}: {help_given(group, m, micro_group)}")
+            for r in (r for r in group if r.micro_group == m):
                 prefix = f"{left}{tokenizer.decode(r.prefix)}{right} " if r.prefix else ""
-                say(f"    reward {r.reward:.0f}, A {r.advantage:+.2f}:  {prefix}"
-                    + tokenizer.decode(r.completion))
+                print_once(f"    reward {r.reward:.0f}, A {r.advantage:+.2f}:  {prefix}"
+                           + tokenizer.decode(r.completion))
 
-def as_record(group: list[Rollout], tokenizer, args: Settings) -> dict:
-    """A group for rollouts.jsonl, which `eval.py look` shows: every token's text, log-prob and
-    weight in the update, -dL/dlog p: the advantage, or an expert token's share of SFT's weight."""
-    def short(values: Iterable[float | None]) -> list[float | None]:
-        return [float(f"{x:.4g}") if x is not None and math.isfinite(x) else None for x in values]
+def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
+    """How much of the solution micro-group m of a group got, and what decided on it, in words."""
+    first = next(r for r in group if r.micro_group == m)
+    rewards, threshold = [r.reward for r in group if r.micro_group < m], micro_group.threshold
+    if threshold <= 0 or not first.solution_length:
+        return "no help" if threshold <= 0 else "no help, as there is no solution"
+    share = f"{len(first.prefix) / first.solution_length:.0%} of the solution"
+    if threshold > 1:
+        return f"{share}, always"
+    guided = is_guided(rewards, micro_group)
+    return (f"{share if guided else 'no help'}, as the mean reward so far, "
+            f"{mean([0.0, *rewards][bool(rewards):]):.2f}, is {'' if guided else 'not '}below "
+            f"{threshold:g}")
 
-    kept = []
-    for r in group:
-        ids = r.prefix + r.completion
-        context = [ids[max(0, i - 3):i] for i in range(len(ids))]
-        texts = [(tokenizer.decode(before), tokenizer.decode([*before, token]))
-                 for before, token in zip(context, ids)]
-        # A character may take several tokens, and is seen with the last: then the text changes.
-        text = [both[len(os.path.commonprefix((old, both))):] for old, both in texts]
-        logprobs = torch.tensor(r.logprobs, dtype=torch.float64, requires_grad=True)
-        weights = torch.zeros(len(ids))
-        if r.logprobs:
-            weights, = torch.autograd.grad(-rollout_loss(r, logprobs, args), logprobs)
-        kept.append({"micro_group": r.micro_group + 1, "reward": r.reward, "advantage": r.advantage,
-                     "expert": len(r.prefix), "text": text, "weight": short(weights.tolist()),
-                     "logprob": short(r.logprobs or [None] * len(r.prefix) + r.sampler_logprobs)})
-    return {"prompt": tokenizer.decode(group[0].prompt), "rollouts": kept}
+# ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json,
+# the method's preset > defaults.
+@dataclass
+class Settings(Recipe):
+    """The recipe, and how and where it is computed, which a resumed run may change."""
+    device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
+    bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
+    micro_tokens: int = setting(4096, "padded tokens in a micro-batch of the update")
+    kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
+    speculate: bool | None = setting(None, "draw all micro-groups in one pass; default: on CUDA")
+    recompute: bool = setting(False, "gradient checkpointing: less memory, a third more time")
+    out: str | None = setting(None, "folder; default: runs/<model>-<method>-seed<seed>", "run")
+    eval_every: int = setting(20, "steps between evaluations")
+    save_every: int = setting(50, "steps between checkpoints")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out")
+    fingerprint: str = setting("", argparse.SUPPRESS)  # the task's, for --resume
 
-def title(args: Settings) -> str:
-    """What the progress bar says is going on."""
-    return "pretraining the base" if args.dataset == "clock-corpus" else args.method
-
-def in_short(metrics: dict) -> dict:
-    """What of a step the progress bar shows; in SFT, where all is the expert's, only the loss."""
-    rollouts = {"alone": metrics["reward_unguided"], "helped": metrics["guided"]}
-    return {"loss": metrics["loss"]} | (rollouts if rollouts["alone"] is not None else {})
-
-def tell(out: Path) -> None:
-    """What a run came to, by metrics.jsonl: accuracy, success alone, help, and what was lost."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    before, after = (line.get("eval", {}) for line in (lines[:1] + lines[-1:] or [{}, {}]))
-    for name in before:
-        say(f"{name:30} before {before[name]:.3f}   after {after.get(name, math.nan):.3f}")
-    steps = [line for line in lines if "guided" in line]
-    n = max(1, len(steps) // 10)
-    for key, did in (("reward_unguided", "Alone, the policy solved {:.1%} of training problems"),
-                     ("guided", "It was given part of a solution in {:.1%} of its rollouts")):
-        first, last = (mean(line[key] for line in part if line[key] is not None)
-                       for part in (steps[:n], steps[-n:]))
-        if first is None or last is None:  # SFT tries nothing alone
-            break
-        say(f"{did.format(first)} in the first {n} steps, {last:.1%} in the last {n}.")
-    lost = [f"{name}, from {before[name]:.1%} to {after[name]:.1%}" for name in before
-            if after.get(name, 1) < before[name] - 0.05]
-    if lost:
-        say("Lost, by more than 5 points: " + "; ".join(lost) + ".")
-    say(f"Model, metrics and rollouts are in {out}; to look at them: python eval.py look {out}")
-
-# ==== Part 11. The command line: typed > the resumed run's settings > presets > defaults.
-CLOCK = {"lr": 4e-4, "steps": 80, "prompts": 16, "max_prompt": 32, "max_response": 56,
-         "micro_tokens": 1024, "eval_every": 25, "eval_size": 256}
-CORPUS = CLOCK | {"method": "sft", "lr": 5e-3, "steps": 2500, "warmup": 20, "decay": True,
-                  "prompts": 32, "betas": (0.9, 0.98), "save_every": 300}
-CLOCKS = {"clock": CLOCK, "clock-corpus": CORPUS}
-MAY_CHANGE = ("steps", "base_steps", "eval_every", "save_every", "device", "bf16", "micro_tokens",
-              "kv_tokens", "speculate", "recompute", "out", "lr", "resume")
+EMBEDDED = Path(__file__).resolve().parent / ".clock" / "model"
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
-RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "base_worked": (0, 1),
-          "warmup": (0, 1e9), "seed": (0, 2**63 - 1), "eval_size": (0, 1e9),
-          "betas": (0, 0.9999)}  # others: above 0
+RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9),
+          "seed": (0, 2**63 - 1), "sizes": (1, 4096), "prompts": (1, 1e6),
+          "eval_size": (0, 1e6)}  # others: above 0
+DEFAULTS = {"dataset", "test", "max_prompt", "max_response", "micro_tokens", "steps", "prompts",
+            "lr", "eval_every", "eval_size", "device"}  # what a model's defaults.json may hold
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
     def error(self, message: str) -> typing.NoReturn:
-        raise InputError(message + f" (see python {self.prog} --help)")
+        raise InputError(f"{message} (see python {self.prog} --help)")
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """For argparse: a number of this kind, in this range."""
+    def read(text: str) -> float:
+        if not low <= kind(text) <= high:  # NaN neither
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
+        return kind(text)
+    read.__name__ = kind.__name__
+    return read
 
 def make_parser() -> Parser:
-    """A flag for every field of Settings that has a help text; what is not typed is None."""
+    """A flag for every field of Settings; what is not typed is not there."""
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
-                    allow_abbrev=False)
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Settings):
-        if not f.metadata:
-            continue
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         default, kind = f.default_factory(), (typing.get_args(f.type) or [f.type])[0]
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        options = {"help": f.metadata["help"] + f" ({shown})" * (default not in (None, False))}
+        options = {"help": f.metadata["help"] + f" ({shown})" * (default not in (None, False, ""))}
         if kind is bool:
-            options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "choices": CHOICES.get(f.name),
-                        "metavar": None if f.name in CHOICES else kind.__name__,
-                        "nargs": "+" if isinstance(default, list) else None}
-        group.add_argument("--" + f.name.replace("_", "-"), default=None, **options)
+            limits = RANGES.get(f.name, (1 if kind is int else 1e-12, 1e12))
+            options |= {"type": kind if kind is str else number(kind, *limits),
+                        "nargs": "+" if isinstance(default, list) else None,
+                        "choices": CHOICES.get(f.name),
+                        "metavar": None if f.name in CHOICES else kind.__name__}
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line's Settings; InputError for what cannot be used, with nothing loaded yet."""
-    parsed = vars(make_parser().parse_args(argv))
-    typed = {name: value for name, value in parsed.items() if value is not None}
+    typed = vars(make_parser().parse_args(argv))
     if "" in typed.values():
         raise InputError("a flag has an empty value: give one, or leave the flag out")
     args = fill_in(typed)
-    if args.resume and args.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
     if args.resume:
-        before = read_settings(args.out)
-        if not before:
-            raise InputError(f"--resume: there is no run in {args.out}")
-        changed = [k for k in typed if k not in MAY_CHANGE and typed[k] != before.get(k)]
+        before = vars(fill_in(read_file(Path(args.out, "settings.json"))))
+        fixed = {f.name for f in dataclasses.fields(Recipe)} - {"steps", "lr"}
+        changed = [key for key in typed if key in fixed and typed[key] != before[key]]
         if changed:
             raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}"
                              ": leave the flag out, or start a new run with another --out")
-        args = fill_in(before | typed | {"out": args.out})
-    with explained("use these settings", "give others, or another --out"):
-        check_values(args)
-        check_files(args)
+        args = Settings(**before | typed | {"out": args.out})
+    check_settings(args)
     return args
 
 def fill_in(known: dict) -> Settings:
-    """Settings of what is known, and of presets and defaults for the rest."""
-    with explained("use the settings of the run", "give another --out"):
-        args = Settings(**known)
-        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        cuda = args.device == "cuda"
-        if args.dataset is None:
-            embedded = not args.model or read_settings(args.model).get("dataset") in CLOCKS
-            args.dataset = "clock" if embedded else "gsm8k"
-        preset = CLOCKS.get(args.dataset, {})
-        method = known.get("method") or preset.get("method", "trapo")
-        name = Path(args.model).name if args.model else args.dataset
-        preset = {"bf16": cuda, "speculate": cuda, "out": f"runs/{name}-{method}-seed{args.seed}",
-                  **preset, **METHODS[method], "method": method}
+    """Settings of what is known; the model's defaults, the method's and this machine's beside."""
+    model = known.get("model", str(EMBEDDED))
+    if "dataset" not in known:
+        known = read_defaults(model_folder(model)) | known
+    args = Settings(**{"model": model, "dataset": "gsm8k"} | known)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = model_folder(model)
+    unnamed = folder.name == "model" or folder.name.startswith("checkpoint-")
+    name = folder.resolve().parent.name.lstrip(".") if unnamed else folder.name
+    preset = {"bf16": args.device == "cuda", "speculate": args.device == "cuda",
+              "out": f"runs/{name}-{args.method}-seed{args.seed}", **METHODS[args.method]}
     return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
-def read_settings(folder: str) -> dict:
-    """The settings of the run in this folder, or around this checkpoint; {} if there is none."""
-    run = Path(folder).parent if Path(folder).name.startswith("checkpoint-") else Path(folder)
-    path = run / "settings.json"
-    with explained(f"read {path}", "give another folder"):
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+def read_file(path: Path) -> dict:
+    """Settings in a JSON file, checked as if they had been typed; a run's that are missing, which
+    count as defaults, are named."""
+    with as_input_error(f"use {path}", "correct it, or give another folder"):
+        values, flags = dict(json.loads(path.read_text())), []
+        for key, value in values.items():
+            name = key.replace("_", "-")
+            if isinstance(value, list):
+                flags += [f"--{name}", *map(str, value)]
+            elif isinstance(value, bool):
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None:
+                flags.append(f"--{name}={value}")
+        settings = vars(make_parser().parse_args(flags))
+    missing = {f.name for f in dataclasses.fields(Settings)} - values.keys()
+    if missing and path.name == "settings.json":
+        print_once(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
+    return settings
 
-def check_values(args: Settings) -> None:
-    """InputError for a number out of its range, or lists that do not fit together."""
-    for f in dataclasses.fields(Settings):
-        kinds, values = typing.get_args(f.type) or (f.type,), getattr(args, f.name)
-        low, high = RANGES.get(f.name, (1 if int in kinds else 1e-12, 1e12))
-        for value in values if isinstance(values, list | tuple) else [values]:
-            name = f"--{f.name.replace('_', '-')}: {value}"
-            is_number = type(value) is int or type(value) is float
-            if not (type(value) in kinds or is_number and float in kinds):
-                raise InputError(f"{name} is of the wrong kind")
-            if is_number and not low <= value <= high:  # NaN neither
-                raise InputError(f"{name} is not in [{low:g}, {high:g}]")
-            if value not in CHOICES.get(f.name, [value]):
-                raise InputError(f"{name} is none of {', '.join(CHOICES[f.name])}")
+def read_defaults(folder: Path) -> dict:
+    """What defaults.json in a model's folder, or the one around it, says; {} if there is none."""
+    for path in folder / "defaults.json", folder.resolve().parent / "defaults.json":
+        if folder.is_dir() and path.exists():
+            values = read_file(path)
+            if unknown := values.keys() - DEFAULTS:
+                raise InputError(f"{path} cannot set {', '.join(unknown)}: type it")
+            for key in {"dataset", "test"} & values.keys() - HUB.keys():  # as seen from there
+                values[key] = str(path.parent / values[key])
+            return values
+    return {}
+
+def check_settings(args: Settings) -> None:
+    """InputError for lists that do not fit together, and for what is not there."""
     if not len(args.sizes) == len(args.ratios) == len(args.thresholds):
         raise InputError("--sizes, --ratios and --thresholds need equally many values")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA: use --device cpu")
+    if args.model == str(EMBEDDED) and not EMBEDDED.is_dir():
+        raise InputError(f"{EMBEDDED} is not there: clone the repository with it, or give --model")
+    for name in filter(None, (args.dataset, args.test)):
+        if name not in HUB and not (Path(name).suffix in KINDS and Path(name).is_file()):
+            raise InputError(f"no data set '{name}': give one of {', '.join(HUB)}, or the path of "
+                             "an existing .jsonl, .json or .parquet file")
+    if Path(args.out).name.startswith("checkpoint-"):
+        raise InputError(f"--out {args.out}: that name is a checkpoint's, give another")
 
-def check_files(args: Settings) -> None:
-    """InputError for a data set that is not there, or a folder that must not be written to."""
-    out, data = Path(args.out), args.dataset
-    if data not in CLOCKS and not args.model:
-        raise InputError(f"--dataset {data} needs a --model")
-    if data not in {**HUB, **CLOCKS} and not (Path(data).suffix in KINDS and os.path.isfile(data)):
-        raise InputError(f"no data set '{data}': give one of {', '.join(HUB)}, or the path of an "
-                         "existing .jsonl, .json or .parquet file")
-    inside = args.model and Path(args.model).resolve().is_relative_to(out.resolve())
-    if inside and not args.resume:
-        raise InputError(f"--model {args.model} lies in --out {out}: give another --out")
-    run = (out / "settings.json").exists()
-    if args.resume and list(out.glob("model*.safetensors*")) and not checkpoints(out):
-        raise InputError(f"{out} is finished and has no checkpoint to resume: give another --out")
-    found = out.exists() and any(file.name[0] != "." for file in out.iterdir())
-    if found and not (run and (args.resume or args.overwrite)):
-        raise InputError(f"{out} is not empty: give another --out, or --resume or --overwrite the "
-                         "run in it, if there is one")
-
-def make_base(args: Settings) -> str:
-    """The folder of the embedded experiment's base, pretrained once for a seed; and again, with
-    another corpus and start, if it is not sound (unless it was cut short by --base-steps)."""
-    name = f"clock-base-{args.base_steps}-{args.base_worked:g}-seed{args.seed}"
-    for attempt in range(4):
-        base = Path(args.out).parent / (name + f"-again{attempt}" * (attempt > 0))
-        if base.resolve() == Path(args.out).resolve():
-            raise InputError(f"--out {args.out} is the base's own folder: give another --out")
-        with locked(base, wait=True):  # another run of this seed may be making it
-            if not gather((base / "model.safetensors").exists())[0]:
-                say(f"pretraining the base of seed {args.seed}, once")
-                train(fill_in({
-                    "dataset": "clock-corpus", "seed": args.seed + attempt * 2**32,
-                    "out": str(base), "bf16": False, "steps": args.base_steps, "resume": True,
-                    "base_worked": args.base_worked, "device": args.device}))
-        fault = base_fault(base, args) if args.base_steps >= CORPUS["steps"] else ""
-        if not fault:
-            return str(base)
-        say(f"{base} is not sound ({fault})")
-    raise InputError(f"four bases of seed {args.seed} are not sound: give another --seed")
-
-def main(argv: list[str] | None = None) -> None:
-    """Train; the embedded experiment first pretrains its base, unless that was done before."""
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """The end of a program: what the user or the disk is to blame for is one line and exit code 2.
+    One of several processes ends at once, since destroy_process_group would wait for the others,
+    which torchrun then ends."""
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, without network
+    for noisy in "huggingface_hub", "datasets", "math_verify":  # what goes wrong is said once
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    code: typing.Any = 0
     try:
-        args = parse_args(argv)
-        if WORLD > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # Others wait while rank 0 writes a checkpoint, for longer than NCCL's ten minutes.
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
-                                    timeout=timedelta(days=1))
-        if args.dataset in CLOCKS:
-            torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
-        with locked(Path(args.out)):
-            if not args.model and args.dataset == "clock":
-                args.model = make_base(args)
-            train(args)
-    except (InputError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, InputError) else 130
-        leave(code)
-        raise SystemExit(code) from None
-    finally:
+        yield
         if dist.is_initialized():
             dist.destroy_process_group()
-
-def leave(code: int = 0) -> None:
-    """End one of several processes at once: gloo's threads may abort a Python that dies slowly."""
+    except (InputError, OSError, SafetensorError, KeyboardInterrupt) as error:
+        text = str(error).replace("\n", "\\n") or "interrupted"
+        remedy = ": free space there, then --resume" if "No space left" in text else ""
+        print(f"error: {text}{remedy}", file=sys.stderr, flush=True)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 2
+    except SystemExit as error:
+        code = error.code
+    except Exception:
+        if WORLD == 1:
+            raise
+        traceback.print_exc()
+        code = 1
     if WORLD > 1:
         sys.stdout.flush()
         os._exit(code)
+    if code:
+        raise SystemExit(code)
+
+def main(argv: list[str] | None = None) -> None:
+    """Train by the command line."""
+    with one_line_errors():
+        args = parse_args(argv)
+        start_processes("nccl" if args.device == "cuda" else "gloo", args.device)
+        with locked(Path(args.out)):
+            if not args.resume and gather(any(Path(args.out).iterdir()))[0]:
+                raise InputError(f"{args.out} is not empty: --resume the run in it, if there is "
+                                 "one, remove it, or give another --out")
+            train(args)
 
 if __name__ == "__main__":
     main()
-    leave()
