@@ -9,24 +9,21 @@ The sampler, the reward, the update and the loading of models and rows are trapo
 is the share of right answers among k samples of every problem; pass@k the chance that at least one
 of k samples is right.
 """
-import functools, hashlib, json, logging, math, os, random, statistics, sys, time  # noqa: E401
+import dataclasses, functools, hashlib, json, math, os, random, statistics, time  # noqa: E401
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import numpy
 import pandas
 import torch
-import torch.distributed as dist
 import transformers
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import trapo
-from trapo import (RANK, WORLD, InputError, Parser, Problem, Settings, Tokens, explained,
-                   load_policy, make_sampler, sample)
+from trapo import (RANK, WORLD, InputError, Parser, Problem, Rollout, Settings, Tokens,
+                   as_input_error, load_policy, make_sampler, sample)
 
 # ==== Part 1. Statistics. An accuracy without its interval is half a result: on the 30 problems of
 # AIME two models 10 points apart may well be equally good.
@@ -80,30 +77,24 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     if not (hub or Path(name).suffix in trapo.KINDS and Path(name).is_file()):
         raise InputError(f"no benchmark '{name}': --on takes some of {', '.join(BENCHMARKS)}, or "
                          "existing .jsonl, .json or .parquet files")
-    with explained(f"read the Hub data set {hub}", "give its rows as a file: --on rows.jsonl"):
-        rows = load_dataset(hub, config, split=split) if hub else trapo.load_rows(name)
-    answered = ({**row, "answer": ", ".join(map(str, row["final_answer"]))}  # as OlympiadBench's
-                if isinstance(row.get("final_answer"), list) else row for row in rows)
-    problems = trapo.make_problems(answered, tokenizer, Settings(
-        dataset=name, max_prompt=math.inf), heldout=True)
+    with as_input_error(f"read {hub}", "give its rows as a file: --on rows.jsonl"):
+        rows = load_dataset(hub, config, split=split).to_list() if hub else trapo.load_rows(name)
+    for row in rows:
+        if isinstance(row, dict) and isinstance(row.get("final_answer"), list):  # OlympiadBench's
+            row["answer"] = ", ".join(map(str, row["final_answer"]))
+    problems = trapo.make_problems(rows, tokenizer, name, Settings(max_prompt=math.inf),
+                                   heldout=True)
     distinct = list({(tuple(p.prompt_ids), p.answer): p for p in problems}.values())
     protocol = samples or len(problems) // len(distinct)
     k = args.samples or (protocol if args.temperature else 1)  # greedy samples are all the same
     return [p for p in distinct[:args.limit or None] for _ in range(k)]
 
-def load_benchmarks(args: Namespace, tokenizer, run: dict) -> tuple[dict, Callable]:
-    """{name: problems}, and (problem, ids, text) -> (reward, why the response is unreadable)."""
-    if run.get("dataset") in trapo.CLOCKS:  # the embedded experiment's: its own held-out sets
-        if args.on:
-            raise InputError("the embedded experiment's model knows only its clock: leave --on out")
-        task = trapo.clock_task(tokenizer, Settings(dataset="clock", seed=run["seed"],
-                                                    eval_size=args.limit or 256))
-        return ({f"clock: {name}": problems * (args.samples or 1) for name, problems in
-                 task.heldout.items()}, lambda problem, ids, text: (task.reward(problem, ids), ""))
-    found = {Path(name).stem: load_benchmark(name, tokenizer, args) for name in args.on}
-    if len(found) < max(1, len(args.on)):
+def load_benchmarks(args: Namespace, tokenizer, defaults: dict) -> dict[str, list[Problem]]:
+    """{name: problems} of --on, or of the test set that the model's folder names."""
+    names = args.on or [defaults.get("test") or defaults.get("dataset")]
+    if names == [None] or len({Path(name).stem for name in names}) < len(names):
         raise InputError(f"give each benchmark once: --on some of {', '.join(BENCHMARKS)} or files")
-    return found, lambda problem, ids, text: trapo.grade(text, problem.answer)
+    return {Path(name).stem: load_benchmark(name, tokenizer, args) for name in names}
 
 # ==== Part 3. Sampling and grading. Samples are drawn in chunks. A chunk's random numbers depend on
 # its place alone, and it is saved in a file of its own, whole or not at all: so neither an
@@ -112,42 +103,41 @@ SAMPLE = {"benchmark": str, "number": int, "of": int, "answer": str, "prompt": s
           "correct": float, "note": str, "tokens": int, "truncated": bool}
 
 def run_benchmark(name: str, problems: list[Problem], saved: list[dict], out: Path,
-                  sampler: torch.nn.Module, tokenizer, grade: Callable, args: Namespace) -> None:
+                  sampler: torch.nn.Module, tokenizer, args: Namespace) -> None:
     """Draw, grade and save a sample of each of `problems`: this process's chunks, unless saved."""
     asked = [{"benchmark": name, "number": i, "of": len(problems), "answer": p.answer,
               "prompt": tokenizer.decode(p.prompt_ids)} for i, p in enumerate(problems)]
     saved = [r for r in saved if r["benchmark"] == name]
     if any(r["of"] != len(asked) or not asked[r["number"]].items() <= r.items() for r in saved):
         raise InputError(f"{out} holds samples of other problems called {name}: give another --out")
-    done, ends = {r["number"] for r in saved}, sampler.generation_config.eos_token_id
-    mine = range(0, len(problems), args.chunk)[RANK::WORLD]
-    for first in tqdm([first for first in mine if first not in done], name, disable=RANK > 0):
+    done, eos_ids = {r["number"] for r in saved}, sampler.generation_config.eos_token_id
+    chunks = range(0, len(problems), args.chunk)[RANK::WORLD]
+    for first in tqdm([first for first in chunks if first not in done], name, disable=RANK > 0):
         chunk = problems[first:first + args.chunk]
         seed = random.Random(f"{args.seed} {name} {first}").getrandbits(63)
-        noise = torch.rand(len(chunk), args.max_tokens, dtype=torch.float64,
-                           generator=torch.Generator().manual_seed(seed))
-        drawn, _ = sample(sampler, [p.prompt_ids for p in chunk], [args.max_tokens] * len(chunk),
-                          args.temperature, noise=noise)
+        uniforms = torch.rand(len(chunk), args.max_tokens, dtype=torch.float64,
+                              generator=torch.Generator().manual_seed(seed))
+        responses, _ = sample(sampler, [p.prompt_ids for p in chunk],
+                              [args.max_tokens] * len(chunk), args.temperature, uniforms=uniforms)
         records = []
-        for question, problem, ids in zip(asked[first:], chunk, drawn):
+        for question, problem, ids in zip(asked[first:], chunk, responses):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            correct, note = grade(problem, ids, text)
+            correct, note = trapo.grade(text, problem.answer)
             records.append({**question, "response": text, "correct": correct, "note": note,
-                            "tokens": len(ids), "truncated": ids[-1] not in ends})
+                            "tokens": len(ids), "truncated": ids[-1] not in eos_ids})
         write(out / f"samples-{name}-{first}.jsonl", records)
 
 def write(path: Path, lines: list[dict], **style: int) -> None:
     """Write JSON, a line each, whole or not at all."""
-    with explained(f"write {path}", "free space there, or give another --out"):
-        trapo.write_whole(path, "".join(json.dumps(line, **style) + "\n" for line in lines))
+    trapo.write_whole(path, "".join(json.dumps(line, **style) + "\n" for line in lines))
 
 def read_saved(out: Path) -> tuple[dict | None, list[dict]]:
     """The settings of the evaluation in a folder, None if there is none, and its samples."""
     results, found = out / "results.json", {}
-    with explained(f"read {results}", "give another --out"):
+    with as_input_error(f"read {results}", "give another --out"):
         old = dict(json.loads(results.read_text())["settings"]) if results.exists() else None
     for path in out.glob("samples*.jsonl"):
-        with explained(f"read {path}", "delete it, and its samples are drawn again"):
+        with as_input_error(f"read {path}", "delete it, and its samples are drawn again"):
             for r in map(json.loads, path.read_text().splitlines()):
                 if {key: type(r.get(key)) for key in SAMPLE} != SAMPLE or r["number"] >= r["of"]:
                     raise ValueError("a line is no sample")
@@ -156,6 +146,8 @@ def read_saved(out: Path) -> tuple[dict | None, list[dict]]:
 
 def report(settings: dict, records: list[dict], out: Path) -> None:
     """Write samples.jsonl in place of the chunks, and results.json; print the latter's table."""
+    if RANK:
+        return
     found = {}
     for name, mine in pandas.DataFrame(records).groupby("benchmark"):
         counts = mine.groupby(["prompt", "answer"]).correct.agg(["size", "sum"]).astype(int).values
@@ -186,48 +178,43 @@ def evaluate(args: Namespace) -> None:
     folder = Path(args.model)
     home = f"{folder}-" if folder.name.startswith("checkpoint-") else f"{folder}/"  # kept longer
     out = Path(args.out or (f"{home}eval" if folder.is_dir() else f"runs/eval-{folder.name}"))
-    old, records = read_saved(out)
-    if args.rescore:
-        if not records:
-            raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
-        for r in tqdm(records, "grading"):
-            if not r["benchmark"].startswith("clock: "):  # those were graded by their tokens
-                r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
-        return report(old or {}, records, out)
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature}: give a number from 0 on")
-    settings = trapo.fill_in({"device": args.device})  # and whether to sample in bf16 on it
-    trapo.check_values(settings)
-    run, (policy, tokenizer) = run_settings(args.model), load_policy(args.model)
-    benchmarks, grade = load_benchmarks(args, tokenizer, run)
-    longest = max(len(p.prompt_ids) for problems in benchmarks.values() for p in problems)
-    room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - longest
-    args.max_tokens = args.max_tokens or max(1, run.get("max_response") or min(8192, room))
-    trapo.check_context(policy, longest + args.max_tokens)
-    weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
-    protocol = {key: getattr(args, key) for key in
-                ("temperature", "samples", "max_tokens", "limit", "seed", "chunk")}
-    protocol |= {"bf16": settings.bf16, "weights": hashlib.sha256(weights).hexdigest()}
-    if (old is not None or records) and old != protocol:
-        raise InputError(f"{out} holds samples of other weights or settings: give another --out")
-    if WORLD > 1:  # at the end one may wait hours for another
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
-        if settings.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with trapo.locked(out):  # which nobody holds before all have read
+    settings = trapo.fill_in({"device": args.device, "dataset": ""})  # and bf16, by the device
+    trapo.start_processes("gloo", settings.device)
+    if args.rescore and not out.is_dir():
+        raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
+    with trapo.locked(out):
+        old, records = read_saved(out)
+        trapo.gather(0)  # nobody writes before all have read
+        if args.rescore:
+            for r in tqdm(records, "grading"):
+                r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
+            return report(old or {}, records, out)
+        defaults = trapo.read_defaults(trapo.model_folder(args.model))
+        policy, tokenizer = load_policy(args.model)
+        benchmarks = load_benchmarks(args, tokenizer, defaults)
+        longest = max(len(p.prompt_ids) for problems in benchmarks.values() for p in problems)
+        room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - longest
+        args.max_tokens = args.max_tokens or max(1, defaults.get("max_response", min(8192, room)))
+        trapo.check_context(policy, longest + args.max_tokens)
+        weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
+        protocol = {key: getattr(args, key) for key in
+                    ("temperature", "samples", "max_tokens", "limit", "seed", "chunk")}
+        protocol |= {"bf16": settings.bf16, "weights": hashlib.sha256(weights).hexdigest()}
+        if (old is not None or records) and old != protocol:
+            raise InputError(f"{out} holds samples of other weights or settings: another --out")
         if RANK == 0 and old is None:
             write(out / "results.json", [{"settings": protocol}])
         sampler = make_sampler(policy, settings)
         for name, problems in benchmarks.items():
-            run_benchmark(name, problems, records, out, sampler, tokenizer, grade, args)
+            run_benchmark(name, problems, records, out, sampler, tokenizer, args)
         trapo.gather(0)  # all is drawn
-        if RANK == 0:
-            report(protocol, read_saved(out)[1], out)
+        report(protocol, read_saved(out)[1], out)
 
 # ==== Part 4. Training runs. Those that differ in nothing but the seed, and in what does not matter
 # to what is learned, are one method, with one name and one colour everywhere.
-NOT_METHOD = ("method seed out device bf16 micro_tokens kv_tokens speculate recompute base_steps "
-              "save_every eval_every resume overwrite").split()
+METHOD = [f.name for f in dataclasses.fields(trapo.Recipe) if f.name not in ("method", "seed")]
 NAMES = {"trapo": "TRAPO", "grpo": "GRPO", "luffy": "LUFFY", "sft": "SFT", "naive": "naive SFT mix",
          "micro": "micro-groups alone", "micro-luffy": "micro-groups, LUFFY's loss",
          "fixed-prefix": "fixed prefixes"}
@@ -237,12 +224,16 @@ CURVES = {"reward_unguided": "unguided reward", "guided": "share of rollouts gui
           "entropy": "entropy, nats", "response_length": "response length, tokens"}
 
 def run_settings(folder: str) -> dict:
-    """The settings of the run in a folder, or around a checkpoint; {} if it is no run's."""
-    settings = trapo.read_settings(folder)
-    kinds = {"method": str, "dataset": str, "seed": int, "max_response": int}
-    if settings and {key: type(settings.get(key)) for key in kinds} != kinds:
-        raise InputError(f"{folder}: its settings.json is damaged: restore it, or leave it out")
-    return settings
+    """The settings of the run in a folder, or around a model or checkpoint; {} if it is no run's.
+    Those that are missing count as defaults."""
+    for path in Path(folder, "settings.json"), Path(folder).parent / "settings.json":
+        if path.exists():
+            with as_input_error(f"use {path}", "restore it, or leave that run out"):
+                settings = vars(Settings()) | dict(json.loads(path.read_text()))
+                if type(settings["method"]) is not str or type(settings["seed"]) is not int:
+                    raise ValueError("method or seed are not what they should be")
+            return settings
+    return {}
 
 def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
     """A run's settings, what it came to, and its curves: what is drawn, by step.
@@ -250,7 +241,7 @@ def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
     Seconds are without the evaluations; noisy curves are running means over 1/15 of the run.
     """
     settings, path = run_settings(folder), Path(folder, "metrics.jsonl")
-    with explained(f"use {path}", "give the folder of another run, or repeat it"):
+    with as_input_error(f"use {path}", "give the folder of another run, or repeat it"):
         lines = path.read_text().splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
         rows = {row["step"]: {"eval": None} | row for row in rows}
@@ -276,18 +267,18 @@ def name_methods(runs: list[dict]) -> list[str]:
 
     That is what differs among them, or from the preset, by value: -1 is -1.0.
     """
-    names, runs = [], [vars(Settings()) | run for run in runs]
+    names, runs = [], [dict(run) for run in runs]
     for run in runs:
         first = run_settings(str(run["model"]))  # of the run that this one goes on from
-        is_base = first.get("dataset", "clock-corpus") == "clock-corpus"  # or no run's model
-        stages = [run["method"]] if is_base else [first["method"], run["method"]]
+        stages = [first["method"], run["method"]] if first else [run["method"]]
         names.append(", then ".join(NAMES.get(stage, stage) for stage in stages))
-        run["model"] = Path(str(run["model"])).name.partition(f"seed{run['seed']}")[0]
+        for key in "model", "dataset", "test":
+            run[key] = Path(str(run[key])).name.partition(f"seed{run['seed']}")[0]
     variants = list(names)
     for name in set(names):
         same = [i for i in range(len(runs)) if names[i] == name]
         preset = trapo.METHODS.get(runs[same[0]]["method"], {})
-        for key in [key for key in runs[same[0]] if key not in NOT_METHOD]:
+        for key in METHOD:
             values = [runs[i].get(key) for i in same]
             if any(value != preset.get(key, values[0]) for value in values):
                 for i, value in zip(same, values):
@@ -322,12 +313,12 @@ def compare(args: Namespace) -> None:
         show(f"paired difference to {other}", found.loc[pairs] - base, args.markdown)
     if args.plot:
         figure = draw(pandas.concat(curves, keys=keys, names=index.names))
-        with explained(f"draw into {args.plot}", "give a file such as curves.png"):
+        with as_input_error(f"draw into {args.plot}", "give a file such as curves.png"):
             figure.savefig(args.plot, dpi=200)
 
 def draw(frame: pandas.DataFrame):
     """A figure of each column: thin lines are seeds, the thick line of a method their median."""
-    with explained("draw", "pip install matplotlib"):
+    with as_input_error("draw", "pip install matplotlib"):
         from matplotlib.figure import Figure
     figure, drawn = Figure(figsize=(8, 5.4), layout="constrained"), Counter()
     axes = [figure.add_subplot(2, 3, i + 1, title=title) for i, title in enumerate(frame)]
@@ -346,7 +337,7 @@ def draw(frame: pandas.DataFrame):
     return figure
 
 # ==== Part 5. A page to look at: the groups that a run kept, token by token.
-SHOWN = ("method", "dataset", "seed", "alpha", "prefix_loss", "sizes", "ratios", "thresholds")
+SHOWN = ("method", "dataset", "seed", "alpha", "prefix_loss")
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TRAPO, token by token</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
@@ -395,16 +386,10 @@ function token(line, text, expert, logprob, weight) {
   return add(line, "span", {textContent: seen(text), className: `token ${side}`, about,
     style: `--hue: var(--${hue}); --share: ${weight && .15 + .85 * Math.abs(weight)}`});
 }
-function help(m, guided, mean) {  // what decided on it for micro-group m
-  const t = run.thresholds[m], share = `${number(100 * run.ratios[m])} % of the solution`;
-  const test = `mean return so far ${number(mean)} ${mean < t ? "<" : "is not <"} ${number(t)}`;
-  return t <= 0 ? "no help" : mean >= t ? `${test}: no help` : !guided ? `${test}, but no solution`
-    : t > 1 ? `always gets ${share}` : `${test}, so it gets ${share}`;
-}
 function show(by) {  // the kept step so many further on, and the chosen one of its prompts
   $("slider").valueAsNumber += by;
   const groups = steps[$("slider").value], step = groups[0].step;
-  const {prompt, rollouts} = groups[$("prompt").selectedIndex] ?? groups[0];
+  const {prompt, help, rollouts} = groups[$("prompt").selectedIndex] ?? groups[0];
   const at = points => points.filter(([x]) => x === step).map(([, y]) => number(y))[0] ?? "none";
   $("step").textContent = $("slider").ariaValueText = step;
   $("caption").textContent = $("curves").ariaLabel = `Step ${step}: unguided reward (solid) `
@@ -413,12 +398,9 @@ function show(by) {  // the kept step so many further on, and the chosen one of 
   trace("now", `M${step} 0V1`);
   $("group").replaceChildren();
   add($("group"), "p", {className: "text", textContent: prompt});
-  run.sizes.forEach((_, m) => {
-    const drawn = rollouts.filter(r => r.micro_group === m + 1), guided = drawn.some(r => r.expert);
-    const before = rollouts.filter(r => r.micro_group <= m);
-    const mean = before.reduce((sum, r) => sum + r.reward, 0) / (before.length || 1);
-    add($("group"), "h2", {textContent: `micro-group ${m + 1}: ${help(m, guided, mean)}`});
-    for (const r of drawn) {
+  help.forEach((text, m) => {
+    add($("group"), "h2", {textContent: `micro-group ${m + 1}: ${text}`});
+    for (const r of rollouts.filter(r => r.micro_group === m)) {
       const row = add($("group"), "div", {className: "row"}), sign = r.advantage > 0 ? "+" : "";
       const line = add(row, "div", {className: "text", role: "listbox", ariaLabel: "rollout"});
       r.text.forEach((text, i) => Object.assign(token(line, text, i < r.expert, r.logprob[i],
@@ -445,22 +427,46 @@ $("slider").max = steps.length - 1;
 show(0);
 </script>"""
 
+def page_group(rollouts: list[Rollout], tokenizer, settings: Settings) -> dict:
+    """A group as the page shows it: every token's text, log-prob, and weight in the update,
+    -dL/dlog p: the advantage, or what the prefix loss gives an expert's token."""
+    def finite(values: list[float]) -> list[float | None]:
+        return [float(f"{x:.4g}") if x is not None and math.isfinite(x) else None for x in values]
+
+    shown = []
+    for r in rollouts:
+        ids = r.prefix + r.completion
+        contexts = [ids[max(0, i - 3):i] for i in range(len(ids))]
+        texts = [(tokenizer.decode(before), tokenizer.decode([*before, token]))
+                 for before, token in zip(contexts, ids)]
+        # A character may take several tokens, and is seen with the last: then the text changes.
+        text = [both[len(os.path.commonprefix((old, both))):] for old, both in texts]
+        logprobs = torch.tensor(r.logprobs, dtype=torch.float64, requires_grad=True)
+        weights = torch.zeros(len(ids))
+        if r.logprobs:
+            weights, = torch.autograd.grad(-trapo.rollout_loss(r, logprobs, settings), logprobs)
+        shown.append({"micro_group": r.micro_group, "reward": r.reward, "advantage": r.advantage,
+                      "expert": len(r.prefix), "text": text, "weight": finite(weights.tolist()),
+                      "logprob": finite(r.logprobs or [None] * len(r.prefix) + r.sampler_logprobs)})
+    return {"prompt": tokenizer.decode(rollouts[0].prompt), "rollouts": shown,
+            "help": [trapo.help_given(rollouts, m, micro_group)
+                     for m, micro_group in enumerate(settings.schedule)]}
+
 def look(args: Namespace) -> None:
     """`eval.py look`: write rollouts.html, which holds all that it shows and loads nothing."""
     settings, _, curves = read_run(args.folder)
     path, page = Path(args.folder, "rollouts.jsonl"), Path(args.folder, "rollouts.html")
-    with explained(f"show {path}", "delete the lines that are damaged"):
+    with as_input_error(f"show {path}", "delete the lines that are damaged"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(Path(args.folder, "tokenizer"))
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be torn
-        groups = sorted(map(json.loads, lines), key=lambda group: group["step"])
-        for r in (r for group in groups for r in group["rollouts"]):
-            if not len(r["text"]) == len(r["logprob"]) == len(r["weight"]) >= r["expert"]:
-                raise ValueError("a line is no group of rollouts")
+        groups = [{"step": line["step"]} | page_group([Rollout(**r) for r in line["rollouts"]],
+                                                      tokenizer, Settings(**settings))
+                  for line in map(json.loads, lines)]
     if not groups:
         raise InputError(f"{path}: the run kept no rollouts yet: it does when it evaluates")
     run = {key: settings[key] for key in SHOWN} | {"groups": groups}
     run |= {key: list(curves[name].dropna().items()) for key, name in CURVES.items()}
-    with explained(f"write {page}", "free space there"):
-        trapo.write_whole(page, PAGE.replace("RUN", json.dumps(run).replace("<", "\\u003c"), 1))
+    trapo.write_whole(page, PAGE.replace("RUN", json.dumps(run).replace("<", "\\u003c"), 1))
     print(f"open {page} in a browser")
 
 # ==== Part 6. Speed and memory of trapo.py's own training steps, on random prompts and experts and
@@ -479,7 +485,7 @@ def speed_model(name: str | None, device: str) -> torch.nn.Module:
             policy = transformers.Qwen2ForCausalLM(
                 transformers.Qwen2Config(**dict(zip(keys, SHAPES[name]))))
     else:
-        policy, _ = load_policy(name) if name else trapo.clock_model(0)
+        policy, _ = load_policy(name or str(trapo.EMBEDDED))
     policy.generation_config.eos_token_id = None
     return policy.to(device)
 
@@ -514,7 +520,7 @@ def speed(args: Namespace) -> None:
     Model FLOPs of an update: 6 a weight and token, the head's only for response tokens; neither
     attention's products nor what is computed twice. MFU: their rate over a matrix product's.
     """
-    flags = [*args.rest, "--overwrite"] + (["--model", args.model] if args.model else [])
+    flags = args.rest + (["--model", args.model] if args.model else [])
     settings = trapo.parse_args([*flags, f"--prompts={min(args.prompts)}"])
     rng, prompt = numpy.random.default_rng(0), 64
     device, new, rates, rows = settings.device, settings.max_response, {}, {}
@@ -530,7 +536,7 @@ def speed(args: Namespace) -> None:
     peak = 2 * n**3 / Timer("x @ x", globals={"x": square}).blocked_autorange().median
     for prompts in args.prompts:
         ids = rng.integers(1, policy.config.vocab_size, size=(8 * prompts, prompt + new)).tolist()
-        task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids[:prompts]], {},
+        task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids[:prompts]], [],
                           lambda problem, response: float(rng.random() < 0.4))
         for method in ("grpo", "trapo --no-speculate", "trapo --speculate"):
             settings = trapo.parse_args(flags + f"--prompts={prompts} --method={method}".split())
@@ -584,17 +590,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", help=f"{', '.join(SHAPES)}; or as trapo.py's --model")
     add("--prompts", type=count, nargs="+", default=[1, 4, 16], help="of a step, 8 rollouts each")
     add("--repeat", type=count, default=5, help="steps measured, after one to warm up; 5")
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, without network
-    try:
+    with trapo.one_line_errors():  # an evaluation that was cut short goes on by the same command
         args, args.rest = parser.parse_known_args(argv)
         if args.rest and args.command != "speed":
             raise InputError(f"{args.command} knows no {' '.join(args.rest)}")
         {"model": evaluate, "runs": compare, "look": look, "speed": speed}[args.command](args)
-    except (InputError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'stopped; the same command continues'}", file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":
     main()
-    trapo.leave()

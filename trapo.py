@@ -1261,7 +1261,7 @@ def read_defaults(folder: Path) -> dict:
             if unknown := values.keys() - DEFAULTS:
                 raise InputError(f"{path} cannot set {', '.join(unknown)}: type it")
             for key in {"dataset", "test"} & values.keys() - HUB.keys():  # as seen from there
-                values[key] = str(path.parent / values[key])
+                values[key] = os.path.normpath(path.parent / values[key])
             return values
     return {}
 
