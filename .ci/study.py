@@ -3,31 +3,22 @@
     python .ci/study.py run --processes 2     all of it, or one part; goes on where it stopped
     python .ci/study.py show                  results.md's tables, and the figures, from its lines
 
-A run takes one core for up to a minute. It leaves its folder in runs/study, and a line in
-.github/study.jsonl: what was asked, the commit, and what it came to.
+A run takes one core for up to a minute. It leaves its folder in runs/study, beside its world's (by
+.ci/clock.py), and a line in .github/study.jsonl: what was asked, the commit, what it came to.
 """
-import argparse
-import functools
-import itertools
-import json
-import math
-import os
-import random
-import subprocess
-import sys
-import threading
-from collections import defaultdict
+import argparse, contextlib, fcntl, functools, itertools, json  # noqa: E401
+import math, os, random, re, shutil, subprocess, sys  # noqa: E401
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas
-
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
-
 import torch
 
+HERE = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(HERE), str(HERE / ".ci")]
+
+import clock
 import trapo
 from eval import COLOURS, NAMES, pass_at_k, t_quantile
 
@@ -41,12 +32,11 @@ MANY, FEW = range(11, 19), range(11, 15)  # seeds
 SHARES = (0, 0.0005, 0.001, 0.002, 0.005, 0.02)
 ALPHAS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 SAMPLES, REACHES = 64, (1, 2, 4, 8, 16, 32, 64)  # pass@k of 128 problems
-BLURT = ("#", "answer", "<eos>")  # a response without work
+OURS = ("after", "base-worked", "expert")  # flags that are not trapo.py's
 
-WRITING, LOCKS = threading.Lock(), defaultdict(threading.Lock)
-
-# ==== What is asked: dictionaries of trapo.py's flags. "after" holds the flags of the run before,
-# "expert" is another teacher. What has "measure" trains nothing: it measures a model of run "of".
+# ==== What is asked: dictionaries of trapo.py's flags. "base-worked" is clock.py's --worked,
+# "expert" another teacher, and "after" holds the flags of the run before. What has "measure" trains
+# nothing: it measures a model of run "of".
 def flags_of(method: str, seed: int, **others: object) -> dict:
     """A run's flags, without those that are the default: one run has one name."""
     usual = {"alpha": 0.1, "base-worked": 0, "expert": "usual"}
@@ -54,17 +44,18 @@ def flags_of(method: str, seed: int, **others: object) -> dict:
              "steps": STEPS, **others}
     return {key: value for key, value in flags.items() if usual.get(key) != value}
 
-def sft_then_grpo(steps: int, lr: float, seed: int) -> dict:
-    """`steps` of SFT, then as many of GRPO."""
-    flags = flags_of("grpo", seed, lr=lr, steps=steps)
-    return {**flags, "after": {**flags, "method": "sft"}}
+def compared(seed: int, lr: float | None = None, stages=(STEPS // 2, STEPS)) -> Iterator[dict]:
+    """All methods, each at its best rate or at `lr`; SFT, then GRPO with so many steps each."""
+    for method in METHODS:
+        yield flags_of(method, seed, lr=lr)
+    for steps in stages:
+        flags = flags_of("grpo", seed, lr=lr or best_rate("grpo", after=True), steps=steps)
+        yield {**flags, "after": {**flags, "method": "sft"}}
 
 def grid() -> Iterator[dict]:
     """The learning rates, for each method, on seeds that the comparison does not use."""
     for seed, lr in itertools.product((1, 2, 3), GRID):
-        for method in METHODS:
-            yield flags_of(method, seed, lr=lr)
-        yield sft_then_grpo(STEPS // 2, lr, seed)
+        yield from compared(seed, lr, (STEPS // 2,))
 
 @functools.cache
 def best_rate(method: str, after: bool = False) -> float:
@@ -80,18 +71,12 @@ def best_rate(method: str, after: bool = False) -> float:
 def main_comparison() -> Iterator[dict]:
     """Nine methods at equal steps, and SFT, then GRPO at twice; seeds that chose nothing."""
     for seed in MANY:
-        for method in METHODS:
-            yield flags_of(method, seed)
-        for steps in (STEPS // 2, STEPS):
-            yield sft_then_grpo(steps, best_rate("grpo", after=True), seed)
+        yield from compared(seed)
 
 def at_one_rate() -> Iterator[dict]:
     """The comparison with all methods at one rate, and at another: speed depends on the rate."""
     for lr, seed in itertools.product((USUAL, FAST), MANY):
-        for method in METHODS:
-            yield flags_of(method, seed, lr=lr)
-        for steps in (STEPS // 2, STEPS):
-            yield sft_then_grpo(steps, lr, seed)
+        yield from compared(seed, lr)
 
 def share_map() -> Iterator[dict]:
     """How often the base works on a question by itself, against what guidance is worth."""
@@ -117,10 +102,9 @@ def trsft_alone() -> Iterator[dict]:
 
 def starts() -> Iterator[dict]:
     """How likely each base of the map is to begin working, not to blurt, when asked."""
-    others = [flags for flags in share_map() if "base-worked" in flags]
-    for flags in [flags_of("trapo", seed, lr=USUAL) for seed in MANY] + others:
-        if flags["method"] == "trapo":
-            yield {"measure": "start", "of": flags}
+    for seed, share in [*itertools.product(MANY, [0]), *itertools.product(FEW, SHARES[1:])]:
+        flags = flags_of("trapo", seed, lr=USUAL, **{"base-worked": share})
+        yield {"measure": "start", "of": flags}
 
 def reaches() -> Iterator[dict]:
     """pass@k of the base and of what four methods make of it."""
@@ -140,105 +124,117 @@ PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alpha
 EXPERTS = {"usual": (0.3, 0.1, 0), "clean": (0, 0, 0), "noisy": (0.6, 0.2, 0),
            "wrong": (0.3, 0.1, 0.2)}
 
-def teach_by(expert: str) -> None:
-    """Give trapo.py's training questions this expert's solutions; the corpus keeps its own."""
-    usual = trapo.clock_problem
-    filler, slip, wrong = EXPERTS[expert]
-
-    def clock_problem(tokenizer, *args: object, **flags: object) -> trapo.Problem:
-        problem = usual(tokenizer, *args, **flags)
-        if flags.get("filler") == EXPERTS["usual"][0]:
-            prompt = tokenizer.convert_ids_to_tokens(problem.prompt_ids)
-            words = solve(prompt, random.Random(f"{prompt}"), filler, slip, wrong)
-            problem.solutions = [tokenizer.convert_tokens_to_ids(words)]
-        return problem
-    trapo.clock_problem = clock_problem
-
-def solve(prompt: list[str], rng: random.Random, filler: float, slip: float,
-          wrong: float) -> list[str]:
-    """A solution, as words, of a prompt such as `j 8 k -9 l +8 ?`."""
-    hour, lines, steps = int(prompt[1]), [], list(zip(prompt[2:-1:2], prompt[3:-1:2]))
+def solve(problem: str, expert: str) -> str:
+    """This expert's solution of a problem such as `j 8 k -9 l +8 ?`."""
+    words, (filler, slip, wrong) = problem.split(), EXPERTS[expert]
+    rng, lines, hour = random.Random(f"{words}"), [], int(words[1])
+    steps = list(zip(words[2:-1:2], words[3:-1:2]))
     fault = rng.randrange(len(steps)) if rng.random() < wrong else None
     for i, (name, change) in enumerate(steps):
         hour = (hour + int(change) + (rng.randint(1, 23) if i == fault else 0)) % 24
         if rng.random() < filler:
-            lines.append(rng.choice(trapo.FILLERS))
+            lines.append(rng.choice(clock.FILLERS))
         if rng.random() < slip:
             lines += [name, change, str((hour + rng.randint(1, 23)) % 24), "oops"]
         lines += [name, change, str(hour)]
-    return [*lines, "#", str(hour), "<eos>"]
+    return " ".join([*lines, "#", str(hour)])
 
-# ==== The work: runs, and what they came to.
+# ==== The work: worlds, runs, and what they came to.
+def key_of(flags: dict) -> tuple:
+    """What makes a world: the seed, and the share of worked quiz questions."""
+    return flags["seed"], flags.get("base-worked", 0)
+
 def folder_of(flags: dict) -> Path:
     """A run's folder, by what it was asked."""
     words = [f"{key}{value}" for key, value in flags.items() if key != "after"]
     return FOLDER / ("-".join(words).replace("method", "") + "-after-sft" * ("after" in flags))
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone with a folder that is to be made: several runs may want one world, or one of SFT."""
+    with open(f"{folder}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+def call(folder: Path, program: list, flags: dict) -> None:
+    """A program of this repository, on one core, its output in the folder's log."""
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value)]
+    with open(f"{folder}.log", "a") as log:
+        subprocess.run([sys.executable, *map(str, program + words)], cwd=HERE, stdout=log,
+                       stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def world_of(flags: dict) -> Path:
+    """The folder of a run's problems and base, made now unless it was."""
+    seed, worked = key_of(flags)
+    world = FOLDER / f"clock-seed{seed}-worked{worked}"
+    with locked(world):
+        if not (world / "defaults.json").exists():
+            call(world, [".ci/clock.py", world], {"seed": seed, "worked": worked})
+    return world
+
+def model_of(flags: dict) -> Path:
+    """The model that a run made, after the run before it; trained now unless it was."""
+    world, out = world_of(flags), folder_of(flags)
+    start = model_of(flags["after"]) if "after" in flags else world / "model"
+    rows = world / "train.jsonl"
+    if "expert" in flags:
+        rows = Path(f"{out}.jsonl")
+        clock.write_rows(rows, [{**row, "solution": solve(row["problem"], flags["expert"])}
+                                for row in clock.make_rows("train", flags["seed"])])
+    with locked(out):
+        if not (out / "model").exists():
+            shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+            call(out, ["trapo.py"], clock.DEFAULTS | {
+                "model": start, "dataset": rows, "test": world / "test.jsonl", "out": out,
+                "eval_every": 40, "save_every": 1000,
+                **{key: value for key, value in flags.items() if key not in OURS}})
+    return out / "model"
+
 def run(flags: dict) -> bool:
-    """Train one run, and the one before it, unless that was done; or measure. Add a line; False,
-    and the others go on, if it fails."""
+    """Train one run, or measure, and add a line; False, and the others go on, if it fails."""
     try:
         line = result_of(flags)
     except (subprocess.CalledProcessError, trapo.InputError) as error:
         print(f"failed: {flags}: {error}; see its .log in {FOLDER}", flush=True)
         return False
     text = json.dumps({"flags": flags, "commit": version(), **line}, separators=(",", ":"))
-    with WRITING, SUMMARY.open("a") as file:
+    with SUMMARY.open("a") as file:
         file.write(text + "\n")
     print(text[:150], flush=True)
     return True
 
 def result_of(flags: dict) -> dict:
-    """What the run, trained now unless it was, came to; or the measure."""
-    asked = flags.get("of", flags)
+    """What a run came to; or a measure of its model, or of its base."""
+    what, asked = flags.get("measure"), flags.get("of", flags)
+    of_base = what in ("start", "reach of its base")
+    model = world_of(asked) / "model" if of_base else model_of(asked)
+    policy, tokenizer = trapo.load_policy(str(model))
+    if what == "start":
+        return {"start": round(chance_to_start(policy, tokenizer, asked["seed"]), 6),
+                "before": accuracies(policy, tokenizer, asked["seed"])}
+    if what:
+        return reach(policy, tokenizer, asked["seed"])
     stages = [asked["after"], asked] if "after" in asked else [asked]
-    for stage in stages:
-        train(stage)
-    return measure(flags["measure"], asked) if "measure" in flags else summary(stages)
+    return {"accuracy": accuracies(policy, tokenizer, asked["seed"]), **summary(stages)}
 
 def version() -> str:
     """The commit of trapo.py, with a + if the file has been changed since."""
-    def git(*words: object) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
-    commit = git("log", "-1", "--format=%h", "--", "trapo.py").stdout.strip()
-    return commit + "+" * git("diff", "--quiet", "HEAD", "--", "trapo.py").returncode
-
-def train(flags: dict) -> None:
-    """trapo.py with these flags, on one core, its output beside the folder; unless that was done:
-    a run of SFT may be wanted for itself and as a first stage."""
-    out = folder_of(flags)
-    with WRITING:
-        lock = LOCKS[out]
-    with lock:
-        if not (out / "model.safetensors").exists():
-            train_in(out, flags)
-
-def train_in(out: Path, flags: dict) -> None:
-    """The command itself."""
-    program = [".ci/study.py", "teach", flags["expert"]] if "expert" in flags else ["trapo.py"]
-    command = [sys.executable, *program, "--out", out, "--save-every", 1000, "--eval-every", 40]
-    command += ["--resume"] if (out / "settings.json").exists() else []
-    for key, value in flags.items():
-        command += [f"--{key}", value] if key not in ("after", "expert") else []
-    command += ["--model", folder_of(flags["after"])] if "after" in flags else []
-    with (FOLDER / f"{out.name}.log").open("a") as log:
-        subprocess.run(list(map(str, command)), cwd=HERE, stdout=log, stderr=log, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    git = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True)
+    commit = git("git log -1 --format=%h -- trapo.py".split()).stdout.strip()
+    return commit + "+" * git("git diff --quiet HEAD -- trapo.py".split()).returncode
 
 def summary(stages: list[dict]) -> dict:
-    """What a run came to: held-out accuracies, the way there, and the costs, of SFT, then
-    GRPO over both stages; the unguided reward is known in the last stage alone."""
+    """A run's way, and its costs, of SFT, then GRPO over both stages; the unguided reward is known
+    in the last stage alone."""
     lines = [json.loads(line) for flags in stages
              for line in (folder_of(flags) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["step"]]
-    evals = [line["eval"] for line in lines if line.get("eval")]
     rewards = [line["reward_unguided"] for line in steps]
     first = sum(reward is None for reward in rewards)  # steps of SFT, which has no such rollouts
     means = [sum(rewards[i - 5:i]) / 5 for i in range(first + 5, len(steps) + 1)]
     half = next((i for i, mean in enumerate(means, first + 5) if mean >= HALF), None)
     tokens = list(itertools.accumulate(line["tokens_generated"] for line in steps))
     return {
-        "accuracy": [round(x, 3) for x in evals[-1].values()],
         "half": half, "tokens_to_half": tokens[half - 1] if half else None,
         "tokens": tokens[-1], "trained": sum(line["tokens_trained"] for line in steps),
         "seconds": round(sum(value for line in steps for key, value in line.items()
@@ -255,35 +251,42 @@ def in_percent(values: list[float | None], size: int) -> list[int | None]:
     blocks = [[x for x in values[i:i + size] if x is not None] for i in range(0, len(values), size)]
     return [round(100 * sum(block) / len(block)) if block else None for block in blocks]
 
-def measure(what: str, flags: dict) -> dict:
-    """pass@k of the model of a run, or of its base; or the base's chance to start, and accuracy."""
-    folder = str(folder_of(flags))
-    base = trapo.read_settings(folder)["model"]
-    policy, tokenizer = trapo.load_policy(folder if what == "reach" else str(HERE / base))
-    args = trapo.fill_in({"dataset": "clock", "seed": flags["seed"]})
-    questions = next(iter((task := trapo.clock_task(tokenizer, args)).heldout.values()))
-    if what == "start":
-        first = json.loads((Path(folder) / "metrics.jsonl").read_text().partition("\n")[0])
-        return {"start": round(chance_to_start(policy, tokenizer, questions), 6),
-                "before": [round(x, 3) for x in first["eval"].values()]}
-    requests = [q.prompt_ids for q in questions[:128] for _ in range(SAMPLES)]
-    noise = torch.rand(len(requests), args.max_response, dtype=torch.float64,
-                       generator=torch.Generator().manual_seed(flags["seed"]))
-    responses, _ = trapo.sample(policy, requests, [args.max_response] * len(requests), noise=noise)
-    found = {}
-    for name, shortest in ("pass", 0), ("worked", len(BLURT) + 1):
-        counts = [sum(task.reward(q, response) for response in responses[i * SAMPLES:][:SAMPLES]
-                      if len(response) >= shortest) for i, q in enumerate(questions[:128])]
-        found[name] = [round(sum(pass_at_k(SAMPLES, int(c), k) for c in counts) / len(counts), 4)
+def respond(policy, tokenizer, rows: list[dict], seed: int, temperature: float) -> list[tuple]:
+    """To each row a response, and whether it is right; as trapo.py evaluates."""
+    requests = tokenizer([row["problem"] for row in rows]).input_ids
+    longest, numbers = clock.DEFAULTS["max_response"], torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(rows), longest, dtype=torch.float64, generator=numbers)
+    responses, _ = trapo.sample(policy, requests, [longest] * len(rows), temperature,
+                                uniforms=uniforms)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [(response, trapo.grade(text, row["answer"])[0] > 0)
+            for response, text, row in zip(responses, texts, rows)]
+
+def accuracies(policy: torch.nn.Module, tokenizer, seed: int) -> list[float]:
+    """Of the held-out sets, in the order of SETS: sampled and greedy."""
+    found = []
+    for name, temperature in itertools.product(("test", "longer", "textbook", "direct"), (1, 0)):
+        responses = respond(policy, tokenizer, clock.make_rows(name, seed), seed, temperature)
+        found.append(round(sum(right for _, right in responses) / len(responses), 3))
+    return found
+
+def reach(policy: torch.nn.Module, tokenizer, seed: int) -> dict:
+    """pass@k: of any right response, and of those that do more than blurt."""
+    rows = [row for row in clock.make_rows("test", seed)[:128] for _ in range(SAMPLES)]
+    responses, found = respond(policy, tokenizer, rows, seed, 1), {}
+    for name, shortest in ("pass", 0), ("worked", 4):  # a blurt is `# answer <eos>`
+        right = [right and len(response) >= shortest for response, right in responses]
+        counts = [sum(right[i:i + SAMPLES]) for i in range(0, len(right), SAMPLES)]
+        found[name] = [round(sum(pass_at_k(SAMPLES, c, k) for c in counts) / len(counts), 4)
                        for k in REACHES]
     return found
 
 @torch.no_grad()
-def chance_to_start(policy: torch.nn.Module, tokenizer, questions: list) -> float:
+def chance_to_start(policy: torch.nn.Module, tokenizer, seed: int) -> float:
     """That the first token is a line's name or an aside, not "#": mean over the questions."""
-    words = tokenizer.convert_tokens_to_ids([*trapo.LETTERS, *trapo.FILLERS])
-    chances = [policy(torch.tensor([q.prompt_ids])).logits[0, -1].softmax(-1)[words].sum()
-               for q in questions]
+    words = tokenizer.convert_tokens_to_ids([*clock.LETTERS, *clock.FILLERS])
+    asked = tokenizer([row["problem"] for row in clock.make_rows("test", seed)]).input_ids
+    chances = [policy(torch.tensor([ids])).logits[0, -1].softmax(-1)[words].sum() for ids in asked]
     return float(sum(chances) / len(chances))
 
 def read(part: str) -> list[dict]:
@@ -311,10 +314,6 @@ def frame(part: str) -> pandas.DataFrame:
                                     "start": start.get(key_of(row["flags"])),
                                     "all_steps": row["first"] + len(row["reward"]) * 10}
                              for row in rows])
-
-def key_of(flags: dict) -> tuple:
-    """What makes a base."""
-    return flags["seed"], flags.get("base-worked", 0)
 
 def table(found: pandas.DataFrame) -> str:
     """Markdown, with the index as first column."""
@@ -461,10 +460,9 @@ TABLES = {"grid": grid_tables, "main": main_tables, "rates": rates_tables, "map"
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
     for part, tables in TABLES.items():
-        before, mark, rest = page.partition(f"<!-- {part} -->\n\n")
-        old, end, after = rest.partition("\n\n<!-- end -->")
-        assert mark and end, f"the page has no place for {part}"
-        page = before + mark + tables() + end + after
+        page, count = re.subn(rf"(?s)(<!-- {part} -->\n\n).*?(\n\n<!-- end -->)",
+                              lambda found: found[1] + tables() + found[2], page)
+        assert count == 1, f"the page has no place for {part}"
     return page
 
 def colour_of(method: str) -> str:
@@ -567,8 +565,7 @@ def draw_alphas():
         axis.plot(middle, stroke, c=colour_of("TRAPO"), lw=2, label=name)
     axis.set_xticks(range(len(ALPHAS)), ALPHAS)
     axis.legend(frameon=False, loc="lower right")
-    panels = {"outside": "expert's tokens with p < alpha, share",
-              "entropy": "entropy, nats"}
+    panels = {"outside": "expert's tokens with p < alpha, share", "entropy": "entropy, nats"}
     for i, (column, title) in enumerate(panels.items()):
         axis = figure.add_subplot(1, 3, i + 2, title=title, xlabel="training step")
         for place, (alpha, runs) in enumerate(found.groupby("alpha")):
@@ -586,9 +583,6 @@ FIGURES = {"main": draw_dots, "curves": draw_curves, "map": draw_map, "alpha": d
 
 def main() -> None:
     """The command line."""
-    if sys.argv[1:2] == ["teach"]:  # for train_in: trapo.py, with another teacher
-        teach_by(sys.argv[2])
-        return trapo.main(sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "show"))
     parser.add_argument("parts", nargs="*", help=f"to run, of {', '.join(PARTS)}; none: all")
@@ -602,14 +596,13 @@ def main() -> None:
         for name, draw in FIGURES.items():
             draw().savefig(HERE / ".github" / f"{name}.png", dpi=160)
         return
-    torch.set_num_threads(1)
     failed = 0
     for part in args.parts or PARTS:
         FOLDER.mkdir(parents=True, exist_ok=True)
         done = [line["flags"] for line in read(part)]
         wanted = [flags for flags in PARTS[part]() if flags not in done]
         print(f"{part}: {len(done)} runs are done, {len(wanted)} to go", flush=True)
-        with ThreadPoolExecutor(args.processes) as pool:
+        with ProcessPoolExecutor(args.processes, None, torch.set_num_threads, (1,)) as pool:
             failed += list(pool.map(run, wanted)).count(False)
     sys.exit(failed > 0)
 
