@@ -74,9 +74,9 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     """
     from datasets import load_dataset
     hub, config, split, samples, _ = BENCHMARKS.get(name, [None] * 5)
-    if not (hub or Path(name).suffix in trapo.KINDS and Path(name).is_file()):
+    if not (hub or Path(name).is_file()):
         raise InputError(f"no benchmark '{name}': --on takes some of {', '.join(BENCHMARKS)}, or "
-                         "existing .jsonl, .json or .parquet files")
+                         "existing files")
     with as_input_error(f"read {hub}", "give its rows as a file: --on rows.jsonl"):
         rows = load_dataset(hub, config, split=split).to_list() if hub else trapo.load_rows(name)
     for row in rows:

@@ -388,8 +388,8 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     rng = random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
     problems = batch_at(step, task, args)[RANK::WORLD]
-    meter = Meter(sampler, task, args)  # samples and rewards, and counts tokens and seconds
-    groups = sample_groups(problems, args.schedule, meter.generate, meter.reward, rng,
+    generate, reward, spent = metered(sampler, task, args)  # `sample`, the task's reward, a count
+    groups = sample_groups(problems, args.schedule, generate, reward, rng,
                            max_response=args.max_response, speculate=args.speculate)
     for group in groups:
         advantages = group_advantages(torch.tensor([float(r.reward) for r in group]))
@@ -406,7 +406,9 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
         set_learning_rate(optimizer, step, args)
         optimizer.step()
         refresh(sampler, policy)
-    return step_metrics(policy, rollouts, loss, norm, meter, args), groups
+    else:
+        print_once(f"step {step + 1}: the gradient is not finite: no update (a lower --lr helps)")
+    return step_metrics(policy, rollouts, loss, norm, spent, args), groups
 
 def train(args: "Settings") -> None:
     """The whole run: load or resume; then roll out, update, evaluate and save, step by step."""
@@ -414,12 +416,11 @@ def train(args: "Settings") -> None:
     open_log(args, done, tokenizer)
     if done == 0:
         log(args, done, {"eval": evaluate(sampler, task, args, greedy=True)})
-    signals, failures = catch_signals(), 0
+    signals = catch_signals()
     bar = tqdm(range(done, args.steps), args.method, disable=RANK > 0)
     for step in bar:
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
         done, last = step + 1, step + 1 == args.steps
-        failures = failures + 1 if metrics["grad_norm"] is None else 0  # in a row
         due = last or done % args.eval_every == 0
         if due:
             metrics["eval"] = evaluate(sampler, task, args, greedy=last)
@@ -427,13 +428,13 @@ def train(args: "Settings") -> None:
             print_once(f"step {done}: {in_short(metrics)}")
         log(args, done, metrics, groups[:2] if due else [])
         bar.set_postfix_str(in_short(metrics), refresh=False)
-        stop = any(gather(bool(signals) or failures == 3))  # in any process
+        stop = any(gather(bool(signals)))  # in any process
         if stop or last or done % args.save_every == 0:
             save(policy, tokenizer, Path(args.out, f"checkpoint-{done}"),
                  {"step": done, "optimizer": optimizer})
         if stop:
             break
-    finish(policy, tokenizer, done, failures, args)
+    finish(policy, tokenizer, done, args)
 
 # ==== The workshop. This was TRAPO; below is what it runs on.
 #
@@ -621,7 +622,6 @@ def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
 
 # ==== Part 7. Models, data and reward: what `prepare` and eval.py load.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-KINDS = (".jsonl", ".json", ".parquet")
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "openr1": ("Elliott/Openr1-Math-46k-8192", None)}
 
 class InputError(ValueError):
@@ -725,7 +725,7 @@ def load_rows(dataset: str, split: str = "train") -> list[dict]:
     stay as they were written: an answer of 0.10 is not 0.1."""
     hub, config = HUB.get(dataset, (None, None))
     with as_input_error(f"read {hub or dataset}",
-                        "give a local file of rows in UTF-8: .jsonl, .json or .parquet"):
+                        "give a local file: .parquet, .json, or rows of JSON in UTF-8"):
         if hub:
             from datasets import load_dataset
             return load_dataset(hub, config, split=split).to_list()
@@ -910,8 +910,6 @@ def prepare(args: "Settings") -> tuple:
     shard(policy, args) if WORLD > 1 else policy.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0)
     step = load_trainer(policy, optimizer, saved[-1]) if saved else 0
-    if step > args.steps:
-        raise InputError(f"the run in {args.out} is at step {step}: give --steps beyond")
     return policy, tokenizer, sampler, optimizer, task, step
 
 def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
@@ -1001,35 +999,29 @@ def catch_signals() -> list[int]:
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder and hold it, so that no other run or evaluation writes into it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)  # held until it is closed
+    with as_input_error(f"write to {folder}: another program does", "give another --out"):
+        if RANK == 0:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    gather(0)  # the others wait here
     try:
-        with as_input_error(f"write to {folder}: another program does", "give another --out"):
-            if RANK == 0:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gather(0)  # the others wait here
         yield
     finally:
         os.close(handle)
 
-def finish(policy: nn.Module, tokenizer, step: int, failures: int, args: "Settings") -> None:
+def finish(policy: nn.Module, tokenizer, step: int, args: "Settings") -> None:
     """How a run ends: a complete one's model is saved in <out>/model."""
-    again = f"python trapo.py --resume --out {args.out}"
-    if failures == 3:
-        print_once(f"three updates in a row were not finite; to go on from before: {again} --lr ..")
-        raise SystemExit(1)
     if step < args.steps:
-        print_once(f"stopped after step {step}; to go on: {again}")
-        raise SystemExit(130)
+        raise KeyboardInterrupt(f"stopped after step {step}; to go on: "
+                                f"python trapo.py --resume --out {args.out}")
     save(policy, tokenizer, Path(args.out, "model"))
-    print_once(f"The model is in {args.out}/model. To look at rollouts: "
-               f"python eval.py look {args.out}")
+    print_once(f"{args.out}/model is the model; for its rollouts: python eval.py look {args.out}")
 
 # ==== Part 9. Metrics, evaluation, printing: what the loop reports.
 def print_once(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
     if RANK == 0:
-        with contextlib.suppress(OSError):  # the run goes on, though nobody may listen any more
-            tqdm.write(text)
+        tqdm.write(text)
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None if there is none or it is not finite."""
@@ -1037,35 +1029,33 @@ def mean(values: Iterable[float]) -> float | None:
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     return total / len(values) if values and math.isfinite(total) else None
 
-class Meter:
-    """sample_groups' `generate` and `reward`, which count tokens and seconds for the metrics."""
-    def __init__(self, sampler: nn.Module, task: Task, args: "Settings") -> None:
-        self.began, self.tokens, self.seconds = time.perf_counter(), 0, Counter()
-        self.draw = functools.partial(sample, sampler, temperature=args.temperature,
-                                      kv_tokens=args.kv_tokens)
-        self.task = task
+def metered(sampler: nn.Module, task: Task,
+            args: "Settings") -> tuple[Callable, Callable, Counter]:
+    """sample_groups' `generate` and `reward`, and a count of the seconds and tokens they take."""
+    spent = Counter(began=time.perf_counter())
 
-    def timed(self, name: str, function: Callable, *inputs: object) -> typing.Any:
+    def generate(requests: list[Tokens], limits: list[int]) -> list[Completion]:
         began = time.perf_counter()
-        result = function(*inputs)
-        self.seconds[name] += time.perf_counter() - began
-        return result
-
-    def generate(self, requests: list[Tokens], limits: list[int]) -> list[Completion]:
-        completions, logprobs = self.timed("sample", self.draw, requests, limits)
-        self.tokens += sum(map(len, completions))
+        completions, logprobs = sample(sampler, requests, limits, args.temperature,
+                                       kv_tokens=args.kv_tokens)
+        spent["sample"] += time.perf_counter() - began
+        spent["tokens"] += sum(map(len, completions))
         return list(zip(completions, logprobs))
 
-    def reward(self, problem: Problem, response: Tokens) -> float:
-        return self.timed("reward", self.task.reward, problem, response)
+    def reward(problem: Problem, response: Tokens) -> float:
+        began = time.perf_counter()
+        value = task.reward(problem, response)
+        spent["reward"] += time.perf_counter() - began
+        return value
+    return generate, reward, spent
 
 def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: float,
-                 meter: Meter, args: "Settings") -> dict:
+                 spent: Counter, args: "Settings") -> dict:
     """A line of metrics.jsonl: what a step's rollouts, of all processes, say."""
     if policy.device.type == "cuda":
         torch.cuda.synchronize()  # or the update's time is counted as the next step's
-    sampling, rewarding = meter.seconds["sample"], meter.seconds["reward"]
-    updating = time.perf_counter() - meter.began - sampling - rewarding
+    seconds = {f"seconds_{part}": float(spent[part]) for part in ("sample", "reward")}
+    seconds["seconds_update"] = time.perf_counter() - spent["began"] - sum(seconds.values())
     rollouts = [r for part in gather(rollouts) for r in part]
     completed = [r for r in rollouts if r.completion]
     trained = [r for r in rollouts if r.logprobs]
@@ -1090,11 +1080,11 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
             r.logprobs[len(r.prefix):], r.sampler_logprobs)),
         "prefix_p": mean(p), "prefix_outside_share": mean(x < args.alpha for x in p),
         "prefix_weight": mean(min(x / max(args.alpha, 1e-300), 1) for x in p),  # TrSFT's
-        "tokens_generated": sum(gather(meter.tokens)),
+        "tokens_generated": sum(gather(spent["tokens"])),
         "tokens_trained": sum(len(r.logprobs) for r in trained),
         "rollouts_skipped": len(rollouts) - len(trained),
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
-        "seconds_sample": sampling, "seconds_reward": rewarding, "seconds_update": updating}
+        **seconds}
 
 def in_short(metrics: dict) -> str:
     """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
@@ -1130,18 +1120,15 @@ def show_group(groups: list[list[Rollout]], tokenizer, args: Recipe) -> None:
                            + tokenizer.decode(r.completion))
 
 def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
-    """How much of the solution micro-group m of a group got, and what decided on it, in words."""
+    """What decided on help for micro-group m of a group, and what it got, in words."""
     first = next(r for r in group if r.micro_group == m)
-    rewards, threshold = [r.reward for r in group if r.micro_group < m], micro_group.threshold
-    if threshold <= 0 or not first.solution_length:
-        return "no help" if threshold <= 0 else "no help, as there is no solution"
-    share = f"{len(first.prefix) / first.solution_length:.0%} of the solution"
-    if threshold > 1:
-        return f"{share}, always"
+    rewards = [r.reward for r in group if r.micro_group < m]
     guided = is_guided(rewards, micro_group)
-    return (f"{share if guided else 'no help'}, as the mean reward so far, "
-            f"{mean([0.0, *rewards][bool(rewards):]):.2f}, is {'' if guided else 'not '}below "
-            f"{threshold:g}")
+    share = f"{len(first.prefix) / max(1, first.solution_length):.0%} of the solution"
+    given = share if first.solution_length else "but there is no solution"
+    average = sum(rewards) / max(1, len(rewards))
+    return (f"mean reward so far {average:.2f} {'<' if guided else '>='} "
+            f"{micro_group.threshold:g}: {given if guided else 'no help'}")
 
 # ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json,
 # the method's preset > defaults.
@@ -1206,8 +1193,6 @@ def make_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line's Settings; InputError for what cannot be used, with nothing loaded yet."""
     typed = vars(make_parser().parse_args(argv))
-    if "" in typed.values():
-        raise InputError("a flag has an empty value: give one, or leave the flag out")
     args = fill_in(typed)
     if args.resume:
         before = vars(fill_in(read_file(Path(args.out, "settings.json"))))
@@ -1228,10 +1213,11 @@ def fill_in(known: dict) -> Settings:
     args = Settings(**{"model": model, "dataset": "gsm8k"} | known)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = model_folder(model)
-    unnamed = folder.name == "model" or folder.name.startswith("checkpoint-")
-    name = folder.resolve().parent.name.lstrip(".") if unnamed else folder.name
+    if folder.name == "model" or folder.name.startswith("checkpoint-"):
+        folder = folder.resolve().parent
     preset = {"bf16": args.device == "cuda", "speculate": args.device == "cuda",
-              "out": f"runs/{name}-{args.method}-seed{args.seed}", **METHODS[args.method]}
+              "out": f"runs/{folder.name.lstrip('.')}-{args.method}-seed{args.seed}",
+              **METHODS[args.method]}
     return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
 def read_file(path: Path) -> dict:
@@ -1273,40 +1259,34 @@ def check_settings(args: Settings) -> None:
         raise InputError("no CUDA: use --device cpu")
     if args.model == str(EMBEDDED) and not EMBEDDED.is_dir():
         raise InputError(f"{EMBEDDED} is not there: clone the repository with it, or give --model")
-    for name in filter(None, (args.dataset, args.test)):
-        if name not in HUB and not (Path(name).suffix in KINDS and Path(name).is_file()):
-            raise InputError(f"no data set '{name}': give one of {', '.join(HUB)}, or the path of "
-                             "an existing .jsonl, .json or .parquet file")
+    for name in {args.dataset, args.test} - {None, *HUB}:
+        if not Path(name).is_file():
+            raise InputError(f"no data set '{name}': give a file, or one of {', '.join(HUB)}")
     if Path(args.out).name.startswith("checkpoint-"):
         raise InputError(f"--out {args.out}: that name is a checkpoint's, give another")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """The end of a program: what the user or the disk is to blame for is one line and exit code 2.
-    One of several processes ends at once, since destroy_process_group would wait for the others,
-    which torchrun then ends."""
+    Of several processes one that fails ends at once, and torchrun then ends the others, for which
+    destroy_process_group would wait."""
     transformers.utils.logging.disable_progress_bar()
     for noisy in "huggingface_hub", "datasets", "math_verify":  # what goes wrong is said once
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    code: typing.Any = 0
+    code = 0
     try:
         yield
-        if dist.is_initialized():
+        if WORLD > 1:
             dist.destroy_process_group()
     except (InputError, OSError, SafetensorError, KeyboardInterrupt) as error:
         text = str(error).replace("\n", "\\n") or "interrupted"
-        remedy = ": free space there, then --resume" if "No space left" in text else ""
-        print(f"error: {text}{remedy}", file=sys.stderr, flush=True)
+        text += "; free space, then --resume" * ("No space left" in text)
+        print("error:", text, file=sys.stderr, flush=True)
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
-    except SystemExit as error:
-        code = error.code
     except Exception:
-        if WORLD == 1:
-            raise
         traceback.print_exc()
         code = 1
     if WORLD > 1:
-        sys.stdout.flush()
         os._exit(code)
     if code:
         raise SystemExit(code)
