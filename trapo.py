@@ -40,6 +40,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -414,9 +415,9 @@ def train(args: "Settings") -> None:
     """The whole run: load or resume; then roll out, update, evaluate and save, step by step."""
     policy, tokenizer, sampler, optimizer, task, done = prepare(args)  # steps done, 0 or resumed
     open_log(args, done, tokenizer)
-    if done == 0:
+    if done == 0 and task.heldout:
         log(args, done, {"eval": evaluate(sampler, task, args, greedy=True)})
-    signals = catch_signals()
+    signals, history = catch_signals(), []
     bar = tqdm(range(done, args.steps), args.method, disable=RANK > 0)
     for step in bar:
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
@@ -427,6 +428,9 @@ def train(args: "Settings") -> None:
             show_group(groups, tokenizer, args)
             print_once(f"step {done}: {in_short(metrics)}")
         log(args, done, metrics, groups[:2] if due else [])
+        history.append(metrics)
+        if len(history) == 10 or last and len(history) < 10:
+            print_silence(history, args)
         bar.set_postfix_str(in_short(metrics), refresh=False)
         stop = any(gather(bool(signals)))  # in any process
         if stop or last or done % args.save_every == 0:
@@ -647,6 +651,8 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     path = str(folder) if folder.is_dir() or "/" in name else f"Qwen/{name}"
     with as_input_error(f"use model '{name}' (tried a folder of that name and the Hub id {path})",
                         "give the folder of a decoder such as Qwen2.5, or delete a damaged one"):
+        if transformers.utils.find_adapter_config_file(path):
+            raise ValueError("it is a LoRA adapter: merge it into its base model first")
         config = transformers.AutoConfig.from_pretrained(path, **safe)
         for key, value in list(vars(config).items()):  # dropout: log-probs would differ by pass
             if "drop" in key and isinstance(value, float):
@@ -667,18 +673,33 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     return policy, tokenizer
 
 def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
-    """The ids that end a response: chat models have several (<|im_end|>, <|endoftext|>), and base
-    models stop at what their template prints after an assistant's turn. ValueError without EOS."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer has no EOS token, so no response would end")
+    """The ids that end a response; chat models have several: <|im_end|>, <|endoftext|>."""
     ids = policy.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({turn_end(tokenizer), tokenizer.eos_token_id, *ids} - {None})
+
+def turn_end(tokenizer) -> int:
+    """The id that ends an assistant's turn: what the chat template prints after it, if that is a
+    special token, or EOS. ValueError if there is neither, or the template loses the answer."""
+    end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<answer>")[2]
+        _, answer, after = render(tokenizer, turns).rpartition("<answer>")
+        if not answer:
+            raise ValueError("its chat template leaves out what was answered")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids |= special & set(tokenizer(after, add_special_tokens=False).input_ids[:1])
-    return sorted(ids)
+        after = tokenizer(after.strip(), add_special_tokens=False).input_ids
+        end = after[0] if set(after[:1]) & special else end
+    if end is None:
+        raise ValueError("its tokenizer has no EOS token, so no response would end")
+    return end
+
+def render(tokenizer, turns: list[dict[str, str]], **options: bool) -> str:
+    """Turns by the chat template. A date in it is always the same, or no run could be resumed."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = "{% macro strftime_now(style) %}01 Jan 2026{% endmacro %}" + template
+    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **options)
 
 @torch.no_grad()
 def check_policy(policy: nn.Module, tokenizer) -> None:
@@ -713,12 +734,35 @@ class Task:
     reward: Callable[[Problem, Tokens], float]
     fingerprint: str = ""  # of the rows and the first prompt: a resumed run must find them again
 
+UNREADABLE = "the answer cannot be read, so nothing is right"
+
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
-    """Math-Verify's verdict: (1.0 or 0.0, a note if the response holds no answer)."""
+    """Math-Verify's verdict: (1.0 or 0.0, a note if response or answer hold nothing to compare)."""
     from math_verify import parse, verify  # which catch their errors, and stop after 5 seconds
-    found = parse(response)
-    return float(verify(parse(f"${answer}$"), found)), "" if found else "no answer found"
+    right, found = parse(f"${plain_numbers(answer)}$"), parse(plain_numbers(last_box(response)))
+    is_word = len(right) < 2 and answer.isalpha()  # a text, but no expression
+    if not right or is_word or answer.lower() in ("proof", "notfound"):
+        return 0.0, UNREADABLE
+    if plain_numbers(answer) != answer or "\\times 10^" in answer:
+        # Math-Verify rounds to 6 decimals, where 1e-27 is 2e-27, and takes 10^8 for no 1.0e8.
+        with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # no numbers
+            return float(math.isclose(float(right[0]), float(found[0]), rel_tol=1e-6)), ""
+    return float(verify(right, found)), "" if found else "no answer found"
+
+def plain_numbers(text: str) -> str:
+    """8.7e8 as 870000000: Math-Verify would read e as Euler's number."""
+    return re.sub(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}(?!\w|\.\d)",
+                  lambda number: f"{Decimal(number[0]):f}", text)
+
+def last_box(response: str) -> str:
+    """Math-Verify joins boxes that stand close together. So empty ones (the instruction's) go, and
+    of two with words between ("no, it is") the last counts; lists and spam stay joined, and wrong.
+    """
+    first, *boxes = re.sub(r"\\boxed\{\s*\}", "", response).split("\\boxed{")
+    if len(boxes) == 2 and set(re.findall("[a-z]+", boxes[0].rpartition("}")[2])) - {"and", "or"}:
+        boxes = boxes[1:]
+    return "\\boxed{".join([first, *boxes])
 
 def load_rows(dataset: str, split: str = "train") -> list[dict]:
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had. Numbers in JSON
@@ -746,7 +790,7 @@ def read_row(row: dict) -> tuple[object, list[str], object]:
     (question, answer with "####"), or plain (problem or question, answer, perhaps solution)."""
     if "reward_model" in row:
         problem = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1]
-        solutions = [re.sub(r"</?think>\n?", "", m["content"]) for m in row.get("target") or []]
+        solutions = [m["content"] for m in row.get("target") or []]
         return problem, solutions, row["reward_model"]["ground_truth"]
     problem, answer = row["problem" if "problem" in row else "question"], row["answer"]
     if "question" in row and "####" in str(answer):  # with calculator marks <<48/2=24>>
@@ -761,30 +805,51 @@ def as_text(value: str | int | float | None) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (isinstance(value, str | None) or is_number and math.isfinite(value)):
         raise ValueError(f"neither text nor number: {value}")  # a list, True, NaN
+    if isinstance(value, float):
+        return f"{Decimal(str(value)):f}"  # not 2e-05
     return "" if value is None else str(value).strip()
 
 def prompt_tokens(problem: str, tokenizer) -> Tokens:
-    """The problem with INSTRUCTION: a chat's first turn, or plain text for a model without chat."""
+    """The problem with INSTRUCTION: a chat's first turn, or plain text for a model without chat.
+    What looks like a special token in the problem is text. InputError if the template loses it."""
     text = f"{problem}\n{INSTRUCTION}"
     if not tokenizer.chat_template:
-        ids = tokenizer(text + "\n\n").input_ids  # with the BOS, if the model is used to one
+        ids = tokenizer(text + "\n\n", split_special_tokens=True).input_ids  # with BOS, if usual
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                         add_generation_prompt=True)
-    return tokenizer(chat, add_special_tokens=False).input_ids
+    chat = render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+    pieces = chat.partition(problem)
+    if problem not in pieces:
+        raise InputError("the chat template leaves out the problem")
+    if not any(str(token) in problem for token in tokenizer.added_tokens_decoder.values()):
+        return tokenizer(chat, add_special_tokens=False).input_ids
+    return [i for piece in pieces for i in tokenizer(
+        piece, add_special_tokens=False, split_special_tokens=piece == problem).input_ids]
 
-def make_problems(rows: list[dict], tokenizer, name: str, args: Recipe,
+def solution_tokens(text: str, prompt: str, tokenizer) -> Tokens:
+    """An expert's text, and the end of a turn. Think tags go, but where the prompt has opened one
+    the text closes it."""
+    text = re.sub(r"<think>\n?", "", text)
+    if not prompt.rstrip().endswith("<think>"):
+        text = re.sub(r"</think>\n?", "", text)
+    elif "</think>" not in text:
+        text = f"</think>\n\n{text}"
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [turn_end(tokenizer)]
+
+def make_problems(rows: list[dict], tokenizer, args: Recipe,
                   heldout: bool = False) -> list[Problem]:
-    """Rows of the data set `name` -> Problems. Held-out ones need no solution; others without one
-    are never guided. InputError if nothing is left, or for a row of another form."""
+    """Rows -> Problems. Held-out ones need no solution; others without one are never guided.
+    InputError if nothing is left, or for a row of another form."""
     problems, dropped = [], Counter()
+    name = heldout and args.test or args.dataset
     for number, row in enumerate(rows, 1):
         with as_input_error(f"use row {number} of {name}", "see the README on columns"):
             problem, solutions, answer = read_row(row)
             problem, answer, *texts = map(as_text, (problem, answer, *solutions))
             prompt_ids = prompt_tokens(problem, tokenizer)
-            encoded = [tokenizer(text, add_special_tokens=False).input_ids
-                       + [tokenizer.eos_token_id] for text in texts if text and not heldout]
+            prompt = tokenizer.decode(prompt_ids[-8:])
+            encoded = [solution_tokens(text, prompt, tokenizer)
+                       for text in texts if text and not heldout]
         short = [ids for ids in encoded if len(ids) <= args.max_response]
         if not problem or not answer:
             dropped["no problem or answer"] += 1
@@ -804,16 +869,16 @@ def make_problems(rows: list[dict], tokenizer, name: str, args: Recipe,
 def make_task(tokenizer, args: Recipe) -> Task:
     """The data, with Math-Verify as reward. Held out: the last rows of --test, of GSM8K's own test
     set, or of the data set, a tenth of it at most."""
-    rows, test_name = load_rows(args.dataset), args.test or args.dataset
+    rows = load_rows(args.dataset)
     if args.test or args.dataset == "gsm8k":
-        test = load_rows(test_name, "test")
+        test = load_rows(args.test or args.dataset, "test")
         test = test[max(0, len(test) - args.eval_size):]
     else:
         split = len(rows) - min(args.eval_size, len(rows) // 10)
         rows, test = rows[:split], rows[split:]
-    heldout = make_problems(test, tokenizer, test_name, args, heldout=True) if test else []
+    heldout = make_problems(test, tokenizer, args, heldout=True) if test else []
     asked = {tuple(problem.prompt_ids) for problem in heldout}
-    train = [problem for problem in make_problems(rows, tokenizer, args.dataset, args)
+    train = [problem for problem in make_problems(rows, tokenizer, args)
              if tuple(problem.prompt_ids) not in asked]
     if not train:
         raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
@@ -1068,6 +1133,7 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
         "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
         "reward_guided": mean(r.reward for r in rollouts if r.prefix),
+        "mixed": mean(r.advantage != 0 for r in rollouts),  # in groups of right and wrong ones
         "guided": mean(bool(r.prefix) for r in rollouts),
         **{f"guided_{m + 1}": mean(bool(r.prefix) for r in rollouts if r.micro_group == m)
            for m in range(len(args.schedule))},
@@ -1085,6 +1151,15 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "rollouts_skipped": len(rollouts) - len(trained),
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
         **seconds}
+
+def print_silence(history: list[dict], args: Recipe) -> None:
+    """Say, once, if in all these steps nothing could be learnt from the policy's own tokens."""
+    if all(metrics["truncated"] == 1 for metrics in history):
+        print_once(f"All responses were cut off at --max-response {args.max_response}: is it long "
+                   "enough for an answer?")
+    elif not any(metrics["mixed"] or not metrics["tokens_generated"] for metrics in history):
+        print_once(f"No group had both right and wrong rollouts in {len(history)} steps: nothing "
+                   "was learnt from the policy's own tokens. Easier problems or more help?")
 
 def in_short(metrics: dict) -> str:
     """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
