@@ -149,7 +149,7 @@ def make_base(seed: int, share_worked: float, steps: int) -> transformers.PreTra
         scores = {name: accuracy(policy, name, seed) for name in SOUND}
         sound = all(scores[name] >= least for name, least in SOUND.items())
         print(f"the base of seed {seed}, attempt {attempt + 1}, is {'not ' * (not sound)}sound:",
-              ", ".join(f"{name} {scores[name]:.3f} of {SOUND[name]}" for name in SOUND))
+              ", ".join(f"{name} {scores[name]:.3f} (bar {SOUND[name]})" for name in SOUND))
         if sound:
             return policy
     sys.exit(f"four bases of seed {seed} are not sound: give another --seed")
