@@ -259,6 +259,14 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 
 # ==== Part 3. Log-probs of response tokens: what every loss above is a function of.
 #
+# A group's rollouts begin alike: with the prompt, and guided ones with the same expert's tokens. So
+# a micro-batch is a tree, each distinct beginning a node, and the policy computes a node once. A
+# token's state depends on the tokens before it, and those are the node's path: so this is exact.
+#
+#     a b c d           a - b - c - d
+#     a b c e    ->          \   \- e       6 nodes for 11 tokens, in one row: a b c d e f
+#     a b f                   \- f
+#
 # Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
 # vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
 # matter, and the head is applied in chunks, which the backward pass computes again.
@@ -269,21 +277,25 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     """Log-probs of each sequence's tokens from `starts` on, with gradient, and entropies without.
 
     The state at position t - 1 predicts token t: of [5, 6, 7, 8] from start 2 on, positions 1 and 2
-    give log p(7 | 5 6) and log p(8 | 5 6 7). Padding is on the right and needs no mask: causal
-    attention never looks there.
+    give log p(7 | 5 6) and log p(8 | 5 6 7).
 
     Args: sequences: token ids, ragged.
         starts: index of the first token to score in each, >= 1 (the first token has no context).
         temperature: log-probs are those of softmax(logits / temperature), what was sampled from.
     Returns: two lists of tensors in nats, one of [len(sequence) - start] per sequence.
     """
-    width, device = max(map(len, sequences)), policy.device
-    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)  # [B, T]
-    hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-    scored = torch.tensor([[start <= t < len(s) for t in range(width)]
-                           for s, start in zip(sequences, starts)], device=device)      # [B, T]
-    targets = ids[scored].split(HEAD_CHUNK)                                             # of [N]
-    states = hidden[:, :-1][scored[:, 1:]].split(HEAD_CHUNK)
+    tree: dict[tuple[int, int], int] = {}  # (parent, token) -> node: 0, 1, 2, ...
+    paths: list[list[int]] = []            # a sequence's nodes, without its last token's
+    for sequence in sequences:
+        path = [-1]
+        for token in sequence[:-1]:
+            path.append(tree.setdefault((path[-1], token), len(tree)))
+        paths.append(path[1:])
+    hidden = tree_states(policy, tree, paths)                                     # [N, H]
+    scored = [node for path, start in zip(paths, starts) for node in path[start - 1:]]
+    states = hidden[scored].split(HEAD_CHUNK)
+    targets = [token for s, start in zip(sequences, starts) for token in s[start:]]
+    targets = torch.tensor(targets, device=hidden.device).split(HEAD_CHUNK)
     head, score = policy.get_output_embeddings(), chunk_logprobs
     if len(targets) > 1:
         score = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False,
@@ -318,17 +330,22 @@ def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
         prefix_loss == "luffy" and weightless)
     return prefix_is_inert and (weightless or not rollout.completion)
 
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices cut into micro-batches of at most `budget` padded tokens (or one sequence).
+def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
+    """Rollouts cut into micro-batches of at most `budget` tokens: a prompt counts once, a response
+    as the longest beside it. Rollouts of a prompt are neighbours. The longest come first, and so
+    does an out-of-memory error."""
+    def cost(batch: list[Rollout]) -> int:
+        longest = max(len(r.prefix + r.completion) for r in batch)
+        return sum(map(len, {tuple(r.prompt) for r in batch})) + len(batch) * longest
 
-    Sorted by length, longest first: neighbours need little padding, and an out-of-memory error
-    comes in the first micro-batch.
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+    prompts = defaultdict(list)
+    for r in sorted(rollouts, key=lambda r: -len(r.prefix + r.completion)):
+        prompts[tuple(r.prompt)].append(r)
+    batches: list[list[Rollout]] = []
+    for r in (r for group in prompts.values() for r in group):
+        if not batches or cost([*batches[-1], r]) > budget:
             batches.append([])
-        batches[-1].append(i)
+        batches[-1].append(r)
     return batches
 
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
@@ -341,9 +358,7 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
     log-probs and entropies on every rollout that is trained."""
     trained = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
-    lengths = [len(r.prompt + r.prefix + r.completion) for r in trained]
-    batches = [[trained[i] for i in indices] for indices in micro_batches(lengths,
-                                                                          args.micro_tokens)]
+    batches = micro_batches(trained, args.micro_tokens)
     divisor, total = len(rollouts) * args.max_response, 0.0
     logprobs_of, batches, divisor = for_all_processes(policy, batches, divisor)  # one: no change
     for batch in batches:
@@ -466,7 +481,9 @@ def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], tempera
     # how the requests are split, or on when finished rows leave the batch.
     if uniforms is None:
         uniforms = torch.rand(len(requests), max(limits, default=0), dtype=torch.float64)
-    for indices in micro_batches([len(request) + max(limits) for request in requests], kv_tokens):
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
+    rows = max(1, kv_tokens // max((len(r) + max(limits) for r in requests), default=1))
+    for indices in (order[i:i + rows] for i in range(0, len(order), rows)):
         results = decode(policy, [requests[i] for i in indices], [limits[i] for i in indices],
                          uniforms[indices].to(policy.device), temperature)
         for i, completion, values in zip(indices, *results):
@@ -640,6 +657,36 @@ def as_input_error(doing: str, remedy: str) -> Iterator[None]:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
         raise InputError(f"cannot {doing} ({reason}): {remedy}") from error
 
+def tree_states(policy: nn.Module, tree: dict, paths: list[list[int]]) -> Tensor:
+    """[N, H] hidden states of a tree's nodes, which the policy gets as one row; attention alone
+    (`attend`) makes sequences of them again, by what stands in the place of its mask."""
+    width, device = max(map(len, paths)), policy.device
+    rows = torch.tensor([path + [0] * (width - len(path)) for path in paths], device=device)
+    places = {node: b * width + t for b, path in enumerate(paths) for t, node in enumerate(path)}
+    places = torch.tensor(list(places.values()), device=device)  # [N]: one of a node's, in `rows`
+    ids = torch.tensor([[token for _, token in tree]], device=device)             # [1, N]
+    return policy.base_model(
+        input_ids=ids, position_ids=places[None] % width, use_cache=False, places=places,
+        attention_mask=rows[None, None]).last_hidden_state[0]
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+           places: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
+    """Attention of transformers' models: as ever, or, given places, of [1, heads, N, D] nodes.
+
+    Then `mask` holds the [1, 1, B, T] nodes of the sequences. They are padded on the right and need
+    no mask: causal attention never looks there.
+    """
+    if places is None:
+        return plain_attention(module, query, key, value, mask, **options)
+    nodes, (batch, length) = mask.flatten(), mask.shape[2:]
+    unpacked = [x[0].index_select(1, nodes).unflatten(1, (batch, length)).transpose(0, 1)
+                for x in (query, key, value)]                                     # [B, heads, T, D]
+    out, _ = plain_attention(module, *unpacked, None, **options)                  # [B, T, heads, D]
+    return out.flatten(0, 1).index_select(0, places)[None], None
+
+plain_attention = transformers.AttentionInterface()["sdpa"]
+transformers.AttentionInterface.register("sdpa", attend)
+
 def model_folder(name: str) -> Path:
     """A run's folder stands for the final model in it: runs/x is runs/x/model."""
     return Path(name, "model") if Path(name, "model", "config.json").exists() else Path(name)
@@ -714,7 +761,7 @@ def check_policy(policy: nn.Module, tokenizer) -> None:
     sequence = ids[:5] + new
     logits = policy(torch.tensor([sequence])).logits[0, :-1]
     own = logits.log_softmax(-1)[range(len(sequence) - 1), sequence[1:]]
-    (scored,), _ = token_logprobs(policy, [sequence], [1])
+    (_, scored), _ = token_logprobs(policy, [sequence[:3] + ids, sequence], [1, 1])  # share three
     for values in scored, torch.tensor(sampled):
         if not torch.allclose(values, own[-len(values):], atol=1e-3, rtol=1e-3):
             raise ValueError("its logits are capped, scaled or not finite")
@@ -1212,7 +1259,7 @@ class Settings(Recipe):
     """The recipe, and how and where it is computed, which a resumed run may change."""
     device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
     bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
-    micro_tokens: int = setting(4096, "padded tokens in a micro-batch of the update")
+    micro_tokens: int = setting(4096, "tokens in a micro-batch of the update, a prompt once")
     kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
     speculate: bool | None = setting(None, "draw all micro-groups in one pass; default: on CUDA")
     recompute: bool = setting(False, "gradient checkpointing: less memory, a third more time")
