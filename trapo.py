@@ -30,17 +30,15 @@ the reward minus the group's mean.
     python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
 
 The lecture:  settings, 1 losses, 2 adaptive guidance, 3 log-probs, 4 the update, 5 step and loop.
-The workshop: 6 the sampler, 7 models, data and reward, 8 processes and checkpoints, 9 metrics,
-evaluation and printing, 10 the command line. "Part" is of this file, "Section" of the paper.
+The workshop: 6 the sampler, 7 models, data and reward, 8 processes and checkpoints, 9 metrics and
+evaluation, 10 the command line. "Part" is of this file, "Section" of the paper.
 """
-import argparse, contextlib, copy, dataclasses, fcntl, functools, hashlib  # noqa: E401
-import json, logging, math, os, random, re, resource, shutil  # noqa: E401
-import signal, sys, time, traceback, typing  # noqa: E401
+import argparse, contextlib, copy, dataclasses, datetime, decimal, fcntl  # noqa: E401
+import functools, hashlib, json, logging, math, os, random, re, resource  # noqa: E401
+import shutil, signal, sys, time, traceback, typing  # noqa: E401
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
-from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -109,25 +107,24 @@ METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
 # Let p be the policy's probability of an expert token. SFT minimises -log p. On grad log p its
 # weight is 1 however unlikely the token is, so text that the policy would never write pulls as hard
 # as any, and moves it to where neither it nor the expert is at home: its rollouts degenerate
-# (Section 2.2). TrSFT trusts the expert where the policy can follow: below p = alpha the weight
-# falls with p. (Eq. 3 says it of grad p = p grad log p: SFT's weight 1/p is clipped at 1/alpha.)
+# (Section 2.2). TrSFT lets the weight fall with p below p = alpha. (Eq. 3 says it of grad p, which
+# is p grad log p: SFT's weight 1/p, clipped at 1/alpha.) With alpha = 0.1:
 #
-#       p      weight on grad log p: SFT   TrSFT, alpha = .1    norm of SFT's gradient, in logits
-#      .5                             1           1                          .51
-#      .1                             1           1                          .91
-#      .01                            1           .1                        1.00
-#      .001                           1           .01                       1.01
+#       p      weight on grad log p:  SFT     TrSFT     norm of SFT's gradient in the logits
+#      .5                              1       1                     .51
+#      .1                              1       1                     .91
+#      .01                             1        .1                  1.00
+#      .001                            1        .01                 1.01
 #
 # TrSFT's optimum drops the expert's rare tokens and renormalises the main modes (Proposition 1): it
-# is mode-seeking, where SFT is mode-covering. alpha = 0 is SFT; alpha = 1, the loss 1 - p with
-# weight p, is DFT (arXiv 2508.05629).
+# is mode-seeking, where SFT is mode-covering. alpha = 1, the loss 1 - p, is DFT (arXiv 2508.05629).
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """Trust-Region SFT, Eq. 3:  grad L = -min(p / alpha, 1) grad log p = -grad p / max(p, alpha).
 
         L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
              = 1 - log(alpha) - p / alpha   if p <  alpha   (outside)
 
-    The two pieces meet at p = alpha. An alpha outside [0, 1] is a ValueError.
+    The two pieces meet at p = alpha. alpha = 0 is SFT; outside [0, 1] it is a ValueError.
     From log p of the expert's tokens (nats, any shape) to losses, same shape and dtype.
     """
     if not 0 <= alpha <= 1:
@@ -338,11 +335,10 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
         longest = max(len(r.prefix + r.completion) for r in batch)
         return sum(map(len, {tuple(r.prompt) for r in batch})) + len(batch) * longest
 
-    prompts = defaultdict(list)
-    for r in sorted(rollouts, key=lambda r: -len(r.prefix + r.completion)):
-        prompts[tuple(r.prompt)].append(r)
+    by_length = sorted(rollouts, key=lambda r: -len(r.prefix + r.completion))
+    prompts = dict.fromkeys(tuple(r.prompt) for r in by_length)
     batches: list[list[Rollout]] = []
-    for r in (r for group in prompts.values() for r in group):
+    for r in (r for prompt in prompts for r in by_length if tuple(r.prompt) == prompt):
         if not batches or cost([*batches[-1], r]) > budget:
             batches.append([])
         batches[-1].append(r)
@@ -422,8 +418,6 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
         set_learning_rate(optimizer, step, args)
         optimizer.step()
         refresh(sampler, policy)
-    else:
-        print_once(f"step {step + 1}: the gradient is not finite: no update (a lower --lr helps)")
     return step_metrics(policy, rollouts, loss, norm, spent, args), groups
 
 def train(args: "Settings") -> None:
@@ -443,9 +437,7 @@ def train(args: "Settings") -> None:
             show_group(groups, tokenizer, args)
             print_once(f"step {done}: {in_short(metrics)}")
         log(args, done, metrics, groups[:2] if due else [])
-        history.append(metrics)
-        if len(history) == 10 or last and len(history) < 10:
-            print_silence(history, args)
+        print_silence(history, metrics, last, args)
         bar.set_postfix_str(in_short(metrics), refresh=False)
         stop = any(gather(bool(signals)))  # in any process
         if stop or last or done % args.save_every == 0:
@@ -696,8 +688,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     Hub id, or a bare Qwen name. InputError if it cannot be had or used."""
     folder, safe = model_folder(name), {"trust_remote_code": False}
     path = str(folder) if folder.is_dir() or "/" in name else f"Qwen/{name}"
-    with as_input_error(f"use model '{name}' (tried a folder of that name and the Hub id {path})",
-                        "give the folder of a decoder such as Qwen2.5, or delete a damaged one"):
+    with as_input_error(f"use model {name}", "give the folder or Hub id of a model like Qwen2.5"):
         if transformers.utils.find_adapter_config_file(path):
             raise ValueError("it is a LoRA adapter: merge it into its base model first")
         config = transformers.AutoConfig.from_pretrained(path, **safe)
@@ -711,8 +702,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
         for fault in "missing_keys", "unexpected_keys":
             if report[fault]:
                 raise ValueError(f"{fault} of weights: {', '.join(sorted(report[fault]))}")
-        # Fresh: sampling defaults are of no use here, and a contradiction among them would be
-        # refused only when the first checkpoint is saved.
+        # Fresh: a contradiction among sampling defaults would be refused at the first checkpoint.
         policy.generation_config = transformers.GenerationConfig(
             eos_token_id=end_tokens(policy, tokenizer), pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id)
@@ -726,17 +716,15 @@ def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
     return sorted({turn_end(tokenizer), tokenizer.eos_token_id, *ids} - {None})
 
 def turn_end(tokenizer) -> int:
-    """The id that ends an assistant's turn: what the chat template prints after it, if that is a
-    special token, or EOS. ValueError if there is neither, or the template loses the answer."""
+    """The id that ends an assistant's turn: the special token that the chat template prints after
+    it, else EOS. ValueError if there is neither, or if the template loses the turn."""
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
-        _, answer, after = render(tokenizer, turns).rpartition("<answer>")
-        if not answer:
-            raise ValueError("its chat template leaves out what was answered")
+        after = render(tokenizer, turns).split("<answer>")[1].strip()
+        ids = tokenizer(after, add_special_tokens=False).input_ids
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        after = tokenizer(after.strip(), add_special_tokens=False).input_ids
-        end = after[0] if set(after[:1]) & special else end
+        end = ids[0] if special & set(ids[:1]) else end
     if end is None:
         raise ValueError("its tokenizer has no EOS token, so no response would end")
     return end
@@ -800,7 +788,7 @@ def grade(response: str, answer: str) -> tuple[float, str]:
 def plain_numbers(text: str) -> str:
     """8.7e8 as 870000000: Math-Verify would read e as Euler's number."""
     return re.sub(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}(?!\w|\.\d)",
-                  lambda number: f"{Decimal(number[0]):f}", text)
+                  lambda number: f"{decimal.Decimal(number[0]):f}", text)
 
 def last_box(response: str) -> str:
     """Math-Verify joins boxes that stand close together. So empty ones (the instruction's) go, and
@@ -815,22 +803,21 @@ def load_rows(dataset: str, split: str = "train") -> list[dict]:
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had. Numbers in JSON
     stay as they were written: an answer of 0.10 is not 0.1."""
     hub, config = HUB.get(dataset, (None, None))
-    with as_input_error(f"read {hub or dataset}",
-                        "give a local file: .parquet, .json, or rows of JSON in UTF-8"):
+    parse, rows = functools.partial(json.loads, parse_float=str, parse_int=str), []
+    with as_input_error(f"read {hub or dataset}", "give .parquet, .json, or a row a line in UTF-8"):
         if hub:
             from datasets import load_dataset
             return load_dataset(hub, config, split=split).to_list()
         if dataset.endswith(".parquet"):
             from pyarrow import parquet
             return parquet.read_table(dataset).to_pylist()
-        text, rows = Path(dataset).read_text(encoding="utf-8"), []
-        parse = functools.partial(json.loads, parse_float=str, parse_int=str)
+        text = Path(dataset).read_text(encoding="utf-8")
         if dataset.endswith(".json"):
             return list(parse(text))
         for number, line in enumerate(text.split("\n"), 1):
             with as_input_error(f"read line {number}", "correct it"):
                 rows += [parse(line)] if line.strip() else []
-        return rows
+    return rows
 
 def read_row(row: dict) -> tuple[object, list[str], object]:
     """(problem, solutions, answer) of a row of OpenR1 (prompt, target, reward_model), GSM8K
@@ -847,13 +834,12 @@ def read_row(row: dict) -> tuple[object, list[str], object]:
     solutions = row.get("solution") or []
     return problem, solutions if isinstance(solutions, list) else [solutions], answer
 
-def as_text(value: str | int | float | None) -> str:
+def as_text(value: object) -> str:
     """A text, a number as text, nothing as ""; ValueError for what was not meant as text."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (isinstance(value, str | None) or is_number and math.isfinite(value)):
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{decimal.Decimal(str(value)):f}"  # not 2e-05
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise ValueError(f"neither text nor number: {value}")  # a list, True, NaN
-    if isinstance(value, float):
-        return f"{Decimal(str(value)):f}"  # not 2e-05
     return "" if value is None else str(value).strip()
 
 def prompt_tokens(problem: str, tokenizer) -> Tokens:
@@ -909,24 +895,21 @@ def make_problems(rows: list[dict], tokenizer, args: Recipe,
     counts = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
     if not problems:
         raise InputError(f"{name} has no usable row{' to hold out' * heldout}; dropped: {counts}")
-    kind = "held out" if heldout else f"({sum(bool(p.solutions) for p in problems)} with solutions)"
-    print_once(f"{name!r}: {len(problems)} problems {kind}; dropped: {counts}")
+    solved = "held out" if heldout else f"{sum(bool(p.solutions) for p in problems)} with solutions"
+    print_once(f"{name!r}: {len(problems)} problems, {solved}; dropped: {counts}")
     return problems
 
 def make_task(tokenizer, args: Recipe) -> Task:
     """The data, with Math-Verify as reward. Held out: the last rows of --test, of GSM8K's own test
     set, or of the data set, a tenth of it at most."""
     rows = load_rows(args.dataset)
-    if args.test or args.dataset == "gsm8k":
-        test = load_rows(args.test or args.dataset, "test")
-        test = test[max(0, len(test) - args.eval_size):]
-    else:
-        split = len(rows) - min(args.eval_size, len(rows) // 10)
-        rows, test = rows[:split], rows[split:]
+    apart = args.test or args.dataset == "gsm8k"
+    test = load_rows(args.test or args.dataset, "test") if apart else rows
+    split = len(test) - min(args.eval_size, len(test) if apart else len(test) // 10)
+    rows, test = rows if apart else rows[:split], test[split:]
     heldout = make_problems(test, tokenizer, args, heldout=True) if test else []
-    asked = {tuple(problem.prompt_ids) for problem in heldout}
-    train = [problem for problem in make_problems(rows, tokenizer, args)
-             if tuple(problem.prompt_ids) not in asked]
+    asked = [problem.prompt_ids for problem in heldout]
+    train = [p for p in make_problems(rows, tokenizer, args) if p.prompt_ids not in asked]
     if not train:
         raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
     if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
@@ -937,7 +920,6 @@ def make_task(tokenizer, args: Recipe) -> Task:
 
     def reward(problem: Problem, response: Tokens) -> float:
         return grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)[0]
-
     return Task(train, heldout, reward, digest.hexdigest()[:16])
 
 # ==== Part 8. Processes and checkpoints: what `train` stands on.
@@ -953,11 +935,10 @@ def start_processes(backend: str, device: str) -> None:
     """Join the processes that torchrun started, if it did. InputError if something else did."""
     if os.environ.get("WORLD_SIZE", "1") != str(WORLD):
         raise InputError("WORLD_SIZE is set, but not by torchrun: use torchrun, or unset it")
-    if WORLD > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # A day: others wait while one writes a checkpoint, for longer than NCCL's ten minutes.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+    if WORLD > 1 and device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD > 1:  # a day: the others wait while one writes a checkpoint
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 def gather(value: object) -> list:
     """Every process's value, in the order of their ranks: [value] if there is one process."""
@@ -1028,12 +1009,11 @@ def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Pa
     """A checkpoint's optimizer state, and its step; InputError if it is not this model's."""
     with as_input_error(f"use {folder}/trainer.pt", "delete that checkpoint"):
         state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
-        if state["step"] != int(folder.name[11:]):
-            raise ValueError("it is of another step")
         if state["optimizer"]["state"]:  # empty if every update was skipped
             sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-        if any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items()):
-            raise ValueError("it is of another model")
+        if (any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items())
+                or state["step"] != int(folder.name[11:])):
+            raise ValueError("it is of another model or step")
     return state["step"]
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1050,8 +1030,8 @@ def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None
             policy, trainer["optimizer"], options=WHOLE)
     aside, old = folder.with_name(".unfinished"), folder.with_name(".old")
     if RANK == 0:
-        for left in aside, old:
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         policy.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         if trainer:
@@ -1083,7 +1063,7 @@ def open_log(args: "Settings", start: int, tokenizer) -> None:
     for key in "dataset", "test", "max_prompt", "max_response":
         value = getattr(args, key)
         is_file = isinstance(value, str) and value not in HUB
-        data[key] = os.path.relpath(value, out) if is_file else value
+        data[key] = os.path.abspath(value) if is_file else value
     if RANK == 0:
         tokenizer.save_pretrained(out / "tokenizer")  # for `eval.py look`
         write_whole(out / "defaults.json", json.dumps(data, indent=1))
@@ -1141,23 +1121,22 @@ def mean(values: Iterable[float]) -> float | None:
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     return total / len(values) if values and math.isfinite(total) else None
 
-def metered(sampler: nn.Module, task: Task,
-            args: "Settings") -> tuple[Callable, Callable, Counter]:
+def metered(sampler: nn.Module, task: Task, args: "Settings") -> tuple:
     """sample_groups' `generate` and `reward`, and a count of the seconds and tokens they take."""
     spent = Counter(began=time.perf_counter())
 
     def generate(requests: list[Tokens], limits: list[int]) -> list[Completion]:
-        began = time.perf_counter()
+        spent["sample"] -= time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
                                        kv_tokens=args.kv_tokens)
-        spent["sample"] += time.perf_counter() - began
+        spent["sample"] += time.perf_counter()
         spent["tokens"] += sum(map(len, completions))
         return list(zip(completions, logprobs))
 
     def reward(problem: Problem, response: Tokens) -> float:
-        began = time.perf_counter()
+        spent["reward"] -= time.perf_counter()
         value = task.reward(problem, response)
-        spent["reward"] += time.perf_counter() - began
+        spent["reward"] += time.perf_counter()
         return value
     return generate, reward, spent
 
@@ -1199,20 +1178,24 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
         **seconds}
 
-def print_silence(history: list[dict], args: Recipe) -> None:
-    """Say, once, if in all these steps nothing could be learnt from the policy's own tokens."""
+def print_silence(history: list[dict], metrics: dict, last: bool, args: Recipe) -> None:
+    """At the tenth step, or an earlier end, say if nothing was learnt from the policy's tokens."""
+    history.append(metrics)
+    if len(history) != 10 and not (last and len(history) < 10):
+        return
     if all(metrics["truncated"] == 1 for metrics in history):
         print_once(f"All responses were cut off at --max-response {args.max_response}: is it long "
                    "enough for an answer?")
     elif not any(metrics["mixed"] or not metrics["tokens_generated"] for metrics in history):
         print_once(f"No group had both right and wrong rollouts in {len(history)} steps: nothing "
-                   "was learnt from the policy's own tokens. Easier problems or more help?")
+                   "was learnt from the policy's own tokens. Easier problems, or more help?")
 
 def in_short(metrics: dict) -> str:
     """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
     names = {"reward_unguided": "alone", "guided": "guided", "loss": "loss"}
     values = metrics.get("eval", {}) | {names[key]: metrics[key] for key in names}
-    return ", ".join(f"{name} {x:.3f}" for name, x in values.items() if x is not None)
+    skipped = "; no update, as the gradient is not finite" * (metrics["grad_norm"] is None)
+    return ", ".join(f"{name} {x:.3f}" for name, x in values.items() if x is not None) + skipped
 
 def evaluate(sampler: nn.Module, task: Task, args: "Settings", greedy: bool) -> dict[str, float]:
     """Share of held-out problems solved, by one response each, sampled as in training; and greedily
@@ -1356,9 +1339,9 @@ def read_file(path: Path) -> dict:
             elif value is not None:
                 flags.append(f"--{name}={value}")
         settings = vars(make_parser().parse_args(flags))
-    missing = {f.name for f in dataclasses.fields(Settings)} - values.keys()
+    missing = ", ".join(sorted({f.name for f in dataclasses.fields(Settings)} - values.keys()))
     if missing and path.name == "settings.json":
-        print_once(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
+        print_once(f"{path} lacks {missing}: the defaults are taken")
     return settings
 
 def read_defaults(folder: Path) -> dict:
