@@ -18,6 +18,7 @@ The second half (`grep -n "# ===="`) tests what the lecture runs on. Nothing is 
 are tiny and made here. On a CPU, `pytest test_trapo.py` takes a minute or two, and the tutorial
 alone, `pytest test_trapo.py -m tutorial`, some 15 seconds.
 """
+import contextlib
 import copy
 import importlib.util
 import json
@@ -117,9 +118,8 @@ class Table(torch.nn.Module):
         super().__init__()
         self.rows, self.device = torch.nn.Parameter(rows), torch.device("cpu")
 
-    def base_model(self, input_ids, use_cache=False):
-        rows, length = input_ids.shape
-        return Namespace(last_hidden_state=self.rows[:length].expand(rows, -1, -1))
+    def base_model(self, input_ids, position_ids, **_):
+        return Namespace(last_hidden_state=self.rows[position_ids])
 
     def get_output_embeddings(self):
         return torch.nn.Identity()
@@ -543,12 +543,18 @@ def test_the_state_at_position_t_minus_1_predicts_token_t():
     assert found.tolist() == [table[1, 7].item(), table[2, 8].item()]
 
 def tiny_policy(vocabulary=24, tied=False, seed=0):
-    """A Qwen2 in float64 whose generation_config would spoil the samples, were it heeded."""
+    """A Qwen2 in float64 whose generation_config would spoil the samples, were it heeded.
+
+    Its norms are torch's: transformers' compute in float32.
+    """
     torch.manual_seed(seed)
     policy = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
         tie_word_embeddings=tied, pad_token_id=0)).double()
+    for part in (policy.model, *policy.model.layers):
+        for name in [name for name, _ in part.named_children() if name.endswith("norm")]:
+            setattr(part, name, torch.nn.RMSNorm(16, eps=1e-6, dtype=torch.float64))
     policy.generation_config = transformers.GenerationConfig(
         eos_token_id=EOS, pad_token_id=0, do_sample=True, top_k=2, top_p=0.5, temperature=0.3,
         repetition_penalty=3.0)
@@ -598,6 +604,25 @@ def test_the_head_sees_response_positions_only_and_a_chunk_at_a_time(monkeypatch
     assert sum(rows) == 4 + 5 and max(rows) <= 3
     sum(row.sum() for row in logprobs).backward()  # computes them again, chunk by chunk
     assert sum(rows) == 2 * (4 + 5) and max(rows) <= 3
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_sequences_share_is_computed_once(recompute):
+    """A prompt, an expert's prefix, a whole sequence: each distinct beginning is one node of the
+    tree; values and gradients are those of a pass for each sequence."""
+    policy, computed = tiny_policy().train(), []
+    if recompute:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    sequences = [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], [3, 4, 5, 9], [3, 4, 5, 6, 10], [4, 5, 6]]
+    starts = [3, 3, 3, 3, 1]
+    policy.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: computed.append(inputs[0].numel()))
+    logprobs, _ = token_logprobs(policy, sequences, starts)
+    assert computed == [5 + 0 + 0 + 0 + 2]  # the last token of a sequence predicts nothing
+    found = torch.autograd.grad(sum(row.square().sum() for row in logprobs), policy.parameters())
+    expected = [naive(policy.eval(), s, start) for s, start in zip(sequences, starts)]
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-10)
+    expected = torch.autograd.grad(sum(row.square().sum() for row in expected), policy.parameters())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 # ==== Part 4. The update
 
@@ -764,10 +789,1205 @@ def test_trapo_teaches_a_base_that_blurts_to_work():
     main(["--model", "base", "--dataset", "train.jsonl", "--test", "test.jsonl", "--steps", "12",
           "--prompts", "16", "--lr", "3e-3", "--out", "trained", *limits])
     before, after = (metrics_of("trained")[i]["eval"] for i in (0, -1))
-    assert before["held out"] < 0.25 and before["held out, greedy"] < 0.25
+    assert before["held out"] < 0.35 and before["held out, greedy"] < 0.35
     assert after["held out"] > before["held out"] + 0.15
     assert after["held out, greedy"] > before["held out, greedy"] + 0.3
 
 for fact in [value for name, value in globals().items() if name.startswith("test_")]:
     pytest.mark.tutorial(fact)  # leaves its mark on the function: this was the tutorial
 
+# ==== The product: what the lecture runs on
+# ==== Parts 4 and 5 again: the books of a step
+
+def test_micro_batches_keep_within_the_budget_and_a_prompt_counts_once():
+    """Every rollout once; those of a prompt are neighbours, the longest first. A batch's prompts,
+    and its longest response times its size, keep within the budget, or it is one rollout."""
+    rollouts = [Rollout([p] * 10, [7] * (n // 2), [8] * (n - n // 2))
+                for p, n in ((1, 3), (2, 5), (1, 4), (2, 1), (1, 2))]
+    for budget, expected in ((1000, [[1, 3, 2, 0, 4]]), (22, [[1, 3], [2, 0, 4]]),
+                             (21, [[1, 3], [2, 0], [4]]), (1, [[1], [3], [2], [0], [4]])):
+        batches = micro_batches(rollouts, budget)
+        assert batches == [[rollouts[i] for i in batch] for batch in expected]
+    assert micro_batches([], 8) == []
+
+def test_the_update_leaves_log_probs_and_entropies_on_what_it_trained():
+    """Of prefix and completion, at the policy before the update; nothing on what it left out."""
+    policy, rollouts = tiny_policy(), [replace(r) for r in BATCH]
+    accumulate_gradients(policy, rollouts, settings("--method", "micro"))
+    for r in rollouts[:3]:
+        sequence, start = r.prompt + r.prefix + r.completion, len(r.prompt)
+        full = distributions(policy, sequence, start)
+        entropies = -(full.exp() * full).sum(-1)
+        assert r.logprobs == pytest.approx(naive(policy, sequence, start).tolist(), abs=1e-12)
+        assert r.entropies == pytest.approx(entropies.tolist(), abs=1e-12)
+    assert [bool(r.logprobs) for r in rollouts] == [True, True, True, False, False, False, True]
+
+def test_every_problem_comes_once_an_epoch_and_every_epoch_in_another_order():
+    """Steps may straddle epochs; the order is the seed's."""
+    task = Task([Problem([i], [], "") for i in range(10)], [], None)
+
+    def epochs(seed):
+        args = settings("--prompts", "4", "--seed", seed)
+        drawn = [p.prompt_ids[0] for step in range(5) for p in trapo.batch_at(step, task, args)]
+        return drawn[:10], drawn[10:]
+    first, second = epochs("0")
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second and epochs("0") == (first, second) != epochs("1")
+
+def test_the_learning_rate_warms_up_and_then_stays():
+    """Linearly over --warmup steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for step, rate in ((0, 0.025), (1, 0.05), (3, 0.1), (4, 0.1), (9, 0.1)):
+        trapo.set_learning_rate(optimizer, step, settings("--lr", "0.1", "--warmup", "4"))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+def step_of(base, *flags, reward=None, step=0):
+    """One train_step on the base's rows: (metrics, groups)."""
+    args = parse_args(["--model", base, "--prompts", "4", *flags])
+    policy, _, sampler, optimizer, task, _ = trapo.prepare(args)
+    task.reward = reward or task.reward
+    return train_step(policy, sampler, optimizer, task, args, step)
+
+def test_rollouts_are_those_of_the_seed_and_the_step(base):
+    """The same again if both are the same, whatever was drawn before; else others."""
+    first, again, later, other = (
+        [r.completion for group in step_of(base, "--seed", seed, step=step)[1] for r in group]
+        for seed, step in (("0", 0), ("0", 0), ("0", 1), ("1", 0)))
+    assert again == first and later != first != other
+
+@pytest.mark.parametrize("temperature", ["1.0", "0.01"])
+def test_metrics_count_what_happened(base, temperature):
+    """Recounted from the rollouts. At a low temperature many are equal, and all count."""
+    def mean(values):
+        return pytest.approx(statistics.fmean(values))
+
+    metrics, groups = step_of(base, "--temperature", temperature, "--alpha", "0.02",
+                              reward=lambda _, response: float(len(response) % 2))
+    rollouts = [r for group in groups for r in group]
+    completed = [r for r in rollouts if r.completion]
+    assert len(groups) == 4 and len(rollouts) == 32
+    assert metrics["guided"] == mean(bool(r.prefix) for r in rollouts)
+    assert metrics["reward_guided"] == mean(r.reward for r in rollouts if r.prefix)
+    assert metrics["tokens_generated"] == sum(len(r.completion) for r in rollouts)
+    assert metrics["truncated"] == mean(r.completion[-1] != 1 for r in completed)
+    assert metrics["logprob_gap"] < 1e-5 and 0 < metrics["entropy"] < math.log(90)
+    lengths = [len(r.prefix + r.completion) for r in rollouts]
+    assert metrics["response_length"] == mean(lengths)
+    for group in groups:
+        baseline = statistics.fmean(r.reward for r in group)
+        assert all(r.advantage == pytest.approx(r.reward - baseline) for r in group)
+    kept = [not is_inert(r, "trsft") for r in rollouts]
+    assert metrics["rollouts_skipped"] == 32 - sum(kept)
+    assert metrics["tokens_trained"] == sum(n for n, keep in zip(lengths, kept) if keep)
+    before, _ = load_policy(base)  # and p of the expert's tokens: its mean, share outside, weight
+    p = torch.cat([naive(before, r.prompt + r.prefix, len(r.prompt), float(temperature)).exp()
+                   for r in rollouts if r.prefix]).double()
+    for name, values in (("p", p), ("outside_share", (p < 0.02).double()),
+                         ("weight", (p / 0.02).clamp(max=1))):
+        assert metrics[f"prefix_{name}"] == pytest.approx(values.mean().item(), rel=1e-4)
+
+def test_the_unguided_reward_is_that_of_the_first_micro_group_alone():
+    """Later rollouts are unguided only where the first ones went well: they would flatter."""
+    well = [Rollout([3], [], [4], 1.0, m) for m in (0, 0, 0, 0, 1, 1, 2, 3)]
+    badly = [*[Rollout([3], [], [4], 0.0, 0)] * 4,
+             *[Rollout([3], [5], [4], 0.5, m) for m in (1, 2)]]
+
+    def found(rollouts):
+        return trapo.step_metrics(tiny_policy(), rollouts, 0.0, 1.0, Counter(began=0), settings())
+    metrics = found(well + badly)
+    assert metrics["reward_unguided"] == 4 / 8 and metrics["reward_guided"] == 0.5
+    assert [metrics[f"guided_{m + 1}"] for m in range(4)] == [0, 1 / 3, 1 / 2, 0]
+    assert found(badly[4:])["reward_unguided"] is None
+
+def tiny_run(base, out, *flags):
+    """The command line of a run of about a second."""
+    return ["--model", base, "--out", str(out), *flags]
+
+def repeatable(folder):
+    """A run's metrics without what a clock or a memory gauge said."""
+    return [{k: v for k, v in line.items() if not re.match("seconds|peak", k) and v != {}}
+            for line in metrics_of(folder)]
+
+def weights(folder):
+    return (trapo.model_folder(str(folder)) / "model.safetensors").read_bytes()
+
+def assert_alike(a, b):
+    """Two runs logged the same numbers and ended in the same weights, to 1e-5."""
+    for x, y in zip(repeatable(a), repeatable(b), strict=True):
+        assert x.keys() == y.keys()
+        for name, value in x.items():
+            close = isinstance(value, float)
+            assert y[name] == (pytest.approx(value, rel=1e-5, abs=1e-7) if close else value), name
+    x, y = (safetensors.torch.load(weights(run)) for run in (a, b))
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+def assert_same(run, other):
+    """The same metrics, weights and kept rollouts, bit for bit."""
+    assert repeatable(run) == repeatable(other) and weights(run) == weights(other)
+    assert Path(run, "rollouts.jsonl").read_bytes() == Path(other, "rollouts.jsonl").read_bytes()
+
+@pytest.mark.parametrize("method, guided", [
+    ("trapo", [0, 1, 1, 1]), ("micro", [0, 1, 1, 1]), ("naive", [0, 1, 1, 1]),
+    ("micro-luffy", [0, 1, 1, 1]), ("fixed-prefix", [0, 1, 1, 1]), ("grpo", [0]), ("luffy", [0, 1]),
+    ("sft", [1])])
+def test_each_preset_runs(base, method, guided, monkeypatch):
+    """Two steps of each; a base that never succeeds gets all the help that its method knows."""
+    solutions = {row["solution"] for row in load_rows(str(Path(base).with_name("rows.jsonl")))}
+    monkeypatch.setattr(trapo, "grade", lambda text, answer: (float(text in solutions), ""))
+    main(tiny_run(base, "run", "--method", method))
+    steps = metrics_of("run")[-2:]
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert [line[f"guided_{m + 1}"] for m in range(len(guided))] == guided
+        assert line["reward_unguided"] in (0, None) and math.isfinite(line["grad_norm"])
+        assert (line["prefix_p"] is None) == (method == "grpo")
+        assert (line["tokens_generated"] == 0) == (method == "sft")
+    assert (weights("run") == weights(base)) == (method == "grpo")  # no reward, no gradient
+
+def test_speed_flags_change_no_result(base):
+    """Speculation draws other rollouts; recomputation and the cache's size change nothing."""
+    main(tiny_run(base, "plain"))
+    main(tiny_run(base, "slim", "--recompute", "--kv-tokens", "60"))
+    args = parse_args(tiny_run(base, "other", "--recompute"))
+    assert trapo.prepare(args)[0].is_activation_checkpointing
+    assert_alike("plain", "slim")
+    main(tiny_run(base, "ahead", "--steps", "1", "--speculate"))
+    plain, ahead = ([line["tokens_generated"] for line in metrics_of(run) if line["step"] == 1]
+                    for run in ("plain", "ahead"))
+    assert ahead > plain
+
+def not_finite_at(*steps):
+    """group_advantages that turns to NaN in the given train steps of a prompt, counted from 1."""
+    calls = iter(range(1, 1000))
+    return lambda rewards: group_advantages(rewards) * (math.nan if next(calls) in steps else 1)
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_reported(base, monkeypatch, capsys):
+    """The weights stay, the run goes on, metrics and a line say so; Adam's first step may be late.
+
+    If it is the first that is skipped, a resumed run starts with Adam's first, too: bit for bit.
+    """
+    flags = ("--prompts", "1", "--save-every", "1", "--warmup", "0", "--method", "fixed-prefix")
+    for name, step, steps in (("run", 2, "3"), ("late", 1, "1"), ("whole", 1, "2")):
+        monkeypatch.setattr(trapo, "group_advantages", not_finite_at(step))
+        main(tiny_run(base, name, "--steps", steps, *flags))
+    finite = [line["grad_norm"] is not None for line in metrics_of("run") if line["step"]]
+    assert finite == [True, False, True] and "not finite" in capsys.readouterr().out
+    assert weights("run/checkpoint-2") != weights("run")
+    assert weights("whole/checkpoint-1") == weights(base)
+    main("--resume --out late --steps 2".split())
+    assert repeatable("late")[-1] == repeatable("whole")[-1] and weights("late") == weights("whole")
+
+# ==== Part 6. The sampler
+
+RAGGED = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [3, 4, 5], [14, 15], [16, 17, 18]] * 3
+LIMITS = [9, 12, 5, 1, 0, 12] * 3
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy()
+
+@pytest.fixture
+def uniforms():
+    """Random numbers for RAGGED."""
+    return torch.rand(len(RAGGED), max(LIMITS), dtype=torch.float64,
+                      generator=torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize("room", [128, 2])
+def test_greedy_sampling_equals_generate(policy, room, monkeypatch):
+    """Temperature 0: the tokens of model.generate, request by request, whatever the padding.
+
+    Rows finish at different times, and with room for 2 tokens the batch is moved often.
+    """
+    monkeypatch.setattr(trapo, "ROOM", room)
+    clean = copy.deepcopy(policy)
+    clean.generation_config = transformers.GenerationConfig(eos_token_id=EOS, pad_token_id=0)
+    expected = [clean.generate(torch.tensor([r]), attention_mask=torch.ones(1, len(r)),
+                               do_sample=False, max_new_tokens=n)[0, len(r):].tolist() if n else []
+                for r, n in zip(RAGGED, LIMITS)]
+    assert sample(policy, RAGGED, LIMITS, 0.0)[0] == expected
+    assert any(c[-1:] in ([1], [2]) for c in expected) and any(len(c) == 12 for c in expected)
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_the_samplers_log_probs_are_those_of_full_forwards(policy, temperature, monkeypatch):
+    """Of what was drawn, under softmax(logits / temperature); greedy reports softmax(logits)."""
+    monkeypatch.setattr(trapo, "ROOM", 3)
+    torch.manual_seed(1)
+    completions, logprobs = sample(policy, RAGGED, LIMITS, temperature)
+    for request, completion, found in zip(RAGGED, completions, logprobs):
+        expected = naive(policy, request + completion, len(request), temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected.detach(),
+                                   rtol=0, atol=1e-9)
+
+def test_samples_come_from_the_exact_policy():
+    """Frequencies of all completions against their probabilities: no top-k, top-p, or penalty.
+
+    Two prompts of different length, up to 2 tokens of a vocabulary of 6, temperature 0.8:
+    Pearson's chi-square, 25 degrees of freedom each, stays below 25 + 5 sqrt(2 * 25).
+    """
+    policy, n = tiny_policy(vocabulary=6, seed=3), 4000
+    torch.manual_seed(0)
+    completions, _ = sample(policy, [[3]] * n + [[4, 5, 3]] * n, [2] * (2 * n), 0.8)
+    for request, drawn in (([3], completions[:n]), ([4, 5, 3], completions[n:])):
+        counts, chi_square = Counter(map(tuple, drawn)), 0.0
+        possible = [(a,) for a in EOS] + [(a, b) for a in (0, 3, 4, 5) for b in range(6)]
+        assert set(counts) <= set(possible)
+        for completion in possible:
+            logp = naive(policy, request + list(completion), len(request), 0.8).sum()
+            expected = n * logp.exp().item()
+            chi_square += (counts[completion] - expected) ** 2 / expected
+        assert chi_square < 25 + 5 * math.sqrt(50)
+
+def test_any_eos_id_ends_a_row_and_limits_hold(policy):
+    """The EOS is part of the completion, and its last token; else the limit is reached exactly."""
+    torch.manual_seed(0)
+    completions, logprobs = sample(policy, RAGGED * 8, LIMITS * 8)
+    endings = Counter()
+    for completion, values, limit in zip(completions, logprobs, LIMITS * 8):
+        assert len(values) == len(completion) <= limit
+        assert not set(completion[:-1]) & set(EOS)
+        assert len(completion) == limit or completion[-1] in EOS
+        endings[completion[-1] if completion and completion[-1] in EOS else "limit"] += 1
+    assert len(endings) == 3 and min(endings.values()) > 2  # both EOS ids and the limit occur
+
+def test_what_a_request_draws_depends_on_its_random_numbers_alone(policy, uniforms, monkeypatch):
+    """Whatever --kv-tokens splits, however often the batch moves, and wherever a request stands.
+
+    A batch's rows times the longest request with its limit keep within --kv-tokens, or it is one.
+    """
+    decode, sizes = trapo.decode, []
+
+    def measured(policy, requests, limits, *rest):
+        longest = max(len(request) + limit for request, limit in zip(requests, limits))
+        sizes.append((len(requests), len(requests) * longest))
+        return decode(policy, requests, limits, *rest)
+    monkeypatch.setattr(trapo, "decode", measured)
+    completions, logprobs = sample(policy, RAGGED, LIMITS, uniforms=uniforms)
+    for room, budget, batches in ((128, 1, 18), (128, 40, None), (1, 1000, 1), (2, 40, None)):
+        monkeypatch.setattr(trapo, "ROOM", room)
+        sizes.clear()
+        others, values = sample(policy, RAGGED[::-1], LIMITS[::-1], uniforms=uniforms.flip(0),
+                                kv_tokens=budget)
+        assert others[::-1] == completions
+        for a, b in zip(logprobs, values[::-1]):
+            assert a == pytest.approx(b, abs=1e-9)
+        assert sum(rows for rows, _ in sizes) == 18 and len(sizes) == batches or 1 < len(sizes) < 18
+        assert all(rows == 1 or tokens <= budget for rows, tokens in sizes)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_cuda_graph_draws_what_the_cpu_draws(uniforms, monkeypatch):
+    """The same completions from the same numbers, however often the graph is captured anew."""
+    monkeypatch.setattr(trapo, "ROOM", 2)
+    (here, expected), (there, found) = (
+        sample(tiny_policy().to(device), RAGGED, LIMITS, uniforms=uniforms)
+        for device in ("cpu", "cuda"))
+    assert there == here
+    for a, b in zip(found, expected):
+        assert a == pytest.approx(b, abs=1e-6)
+
+def test_sampling_leaves_the_policy_as_it_was(policy):
+    """Train or eval mode, no gradients; and nothing to draw is no error."""
+    for mode in (True, False):
+        policy.train(mode)
+        assert sample(policy, [[3, 4]], [0]) == ([[]], [[]])
+        sample(policy, [[3, 4]], [3])
+        assert policy.training is mode
+    assert sample(policy, [], []) == ([], [])
+    assert all(p.requires_grad and p.grad is None for p in policy.parameters())
+
+def test_tokens_drawn_by_hand():
+    """Probabilities 1/2, 0, 1/4, 1/4 cut the numbers in [0, 1) at 0.5 and 0.75."""
+    uniforms = torch.tensor([0, 0.25, 0.5 - 2 ** -53, 0.5, 0.75 - 2 ** -53, 0.75, 1 - 2 ** -53],
+                            dtype=torch.float64)
+    logits = torch.tensor([math.log(2), -INF, 0, 0]).repeat(len(uniforms), 1)
+    tokens, logprobs = draw_tokens(logits, uniforms, 1.0)
+    assert tokens.tolist() == [0, 0, 0, 2, 2, 3, 3]
+    expected = [math.log(x) for x in (0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25)]
+    assert logprobs.tolist() == pytest.approx(expected)
+    assert draw_tokens(logits, uniforms, 0.0)[0].tolist() == [0] * 7
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_long_tail_is_drawn_exactly(temperature):
+    """Against numpy's inverse CDF in float64: 151 936 tokens, half the mass in tiny ones.
+
+    Tokens of weight zero, at both ends, here and there, and whole stretches, are never drawn.
+    """
+    size, random_numbers = 151_936, torch.Generator().manual_seed(0)
+    logits = torch.randn(size, generator=random_numbers) * temperature
+    logits[77_777] = temperature * math.log(2.5e5)  # about half; the others some 1e-6 each
+    gone = torch.rand(size, generator=random_numbers) < 0.1
+    gone[:300] = gone[-700:] = gone[50_000:52_000] = True
+    logits[gone] = -INF
+    weights = ((logits / temperature) - (logits / temperature).max()).exp().double().numpy()
+    edges = weights.cumsum()
+    uniforms = numpy.concatenate([
+        [0, 1 - 2 ** -53], numpy.random.default_rng(0).random(40),
+        numpy.nextafter(edges[[400, 60_000, 77_776, 77_777]] / edges[-1], 1) + 1e-13])
+    expected = numpy.searchsorted(edges, uniforms * edges[-1], side="right")
+    expected[1] = numpy.flatnonzero(weights)[-1]
+    found, logprobs = draw_tokens(logits.expand(len(uniforms), -1), torch.from_numpy(uniforms),
+                                  temperature)
+    assert found.tolist() == expected.tolist()
+    assert not gone[found].any() and 10 < (found != 77_777).sum() < 45
+    assert logprobs.numpy() == pytest.approx(numpy.log(weights[expected] / edges[-1]), abs=1e-5)
+
+# ==== Part 7. Models
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PLAIN_ROWS = [{"problem": f"What is {n} and {n}?",
+               "solution": f"It is {n} + {n}.\n\nThat is \\boxed{{{2 * n}}}.",
+               "answer": str(2 * n)} for n in range(2, 26)]
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A small byte-level BPE like Qwen's, with its special tokens and a ChatML template."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    qwen = transformers.Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        setattr(bpe, part, getattr(qwen, part))
+    bpe.train_from_iterator(
+        [f"{trapo.INSTRUCTION} user assistant"] * 20 + [" ".join(r.values()) for r in PLAIN_ROWS],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    return fast
+
+@pytest.fixture(scope="module")
+def stand_in(tokenizer, tmp_path_factory):
+    """A folder like Qwen2.5-Instruct's: tied embeddings, 7 query heads to a key head, random."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=512, hidden_size=56, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+        initializer_range=0.1, max_position_embeddings=1024))
+    im_end, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, top_k=20, top_p=0.8, temperature=0.7, repetition_penalty=1.1,
+        eos_token_id=[im_end, end_of_text], pad_token_id=end_of_text)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+def like(folder, **files):
+    """A copy of a model's folder; its JSON files may be changed: a dictionary is merged in."""
+    shutil.copytree(folder, "copied")
+    for name, changes in files.items():
+        path = Path("copied", f"{name}.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return "copied"
+
+def with_tokenizer(folder, tokenizer, **changes):
+    """A copy of a model's folder with another tokenizer."""
+    tokenizer = copy.deepcopy(tokenizer)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(like(folder))
+    return "copied"
+
+def test_loaded_policies_have_fp32_master_weights_and_no_dropout(stand_in):
+    """At a learning rate of 5e-6, updates of bf16 weights would round to nothing."""
+    model = like(stand_in, config={"attention_dropout": 0.5})
+    transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16).save_pretrained(model)
+    policy, _ = load_policy(model)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    policy.train()
+    (first,), (second,) = (token_logprobs(policy, [[3, 4, 5, 6]], [1])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_what_the_chat_template_prints_after_an_answer_ends_a_response_too(
+        stand_in, tokenizer, eos):
+    """Qwen's base models stop at <|im_end|>, though their config names <|endoftext|> alone.
+
+    That, not the tokenizer's EOS, closes an expert's solution; and sampling defaults that
+    contradict each other, tolerated at load, do not stop the first checkpoint.
+    """
+    turn, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    base = with_tokenizer(stand_in, tokenizer, eos_token=eos)
+    Path(base, "generation_config.json").write_text(
+        json.dumps({"eos_token_id": end, "temperature": 0.9, "top_p": 0.6, "do_sample": True}))
+    policy, other = load_policy(base)
+    assert set(policy.generation_config.eos_token_id) == {turn, end}
+    assert read(other, PLAIN_ROWS[0])[0][1] == [PLAIN_ROWS[0]["solution"] + "<|im_end|>"]
+    policy.save_pretrained("saved")
+    saved = json.loads(Path("saved/generation_config.json").read_text())
+    assert saved.keys() >= {"eos_token_id"} and not saved.keys() & {"temperature", "top_p"}
+
+def test_a_tokenizer_with_several_named_templates_is_trained_and_saved(stand_in, tokenizer):
+    """It saves a folder of them; the final model is one rename, whatever it holds."""
+    model = with_tokenizer(stand_in, tokenizer,
+                           chat_template={"default": CHATML, "tool_use": CHATML + " "})
+    write_rows(PLAIN_ROWS)
+    main(["--model", model, "--dataset", "rows.jsonl", "--method", "sft", "--steps", "1",
+          "--prompts", "1", "--max-prompt", "500", "--max-response", "500", "--device", "cpu"])
+    _, saved = load_policy("runs/copied-sft-seed0")
+    assert saved.chat_template == {"default": CHATML, "tool_use": CHATML + " "}
+
+# ==== Part 7. Data and reward
+
+def read(tokenizer, *rows, **limits):
+    """make_problems on rows: a list of (prompt, solutions, answer) as text."""
+    args = Namespace(dataset="rows", test=None, **{"max_prompt": 500, "max_response": 500} | limits)
+    return [(tokenizer.decode(p.prompt_ids), [tokenizer.decode(s) for s in p.solutions], p.answer)
+            for p in make_problems(rows, tokenizer, args)]
+
+def math_reward(response, answer):
+    """1.0 or 0.0: grade's verdict without its note."""
+    return trapo.grade(response, answer)[0]
+
+@pytest.mark.parametrize("response, answer, reward", [
+    ("So \\boxed{72}", "72", 1.0), ("So \\boxed{71}", "72", 0.0), ("The answer is 72.", "72", 1.0),
+    ("\\boxed{\\frac{1}{2}}", "0.5", 1.0), ("\\boxed{0.5}", "\\frac{1}{2}", 1.0),
+    ("\\boxed{(1, 2)}", "(1,2)", 1.0), ("\\boxed{x^2+1}", "1+x^2", 1.0), ("colourless", "72", 0.0),
+    ("", "72", 0.0), ("\\boxed{72}", "", 0.0), ("\\boxed{{{72", "72", 0.0),
+    ("}}}\\frac{\\sqrt", "72", 0.0), ("\\boxed{\\frac{1}{0}}", "72", 0.0),
+    ("\x00\ud83d", "7", 0.0),
+    ("\\boxed{8.7 \\times 10^{8}}", "8.7e8", 1.0), ("\\boxed{2e}", "2e", 1.0),  # e: ten, or Euler's
+    ("\\boxed{2e-27}", "1e-27", 0.0), ("Put it in \\boxed{}. So \\boxed{5}", "5", 1.0),
+    ("\\boxed{4} \\boxed{5} \\boxed{6}", "5", 0.0), ("5 or \\boxed{6}", "5", 0.0),
+    ("\\boxed{proof}", "proof", 0.0)])
+def test_math_reward_is_one_for_an_equal_answer_and_never_raises(response, answer, reward):
+    """Math-Verify's verdict on fractions, tuples, powers of ten, boxes, nonsense, broken LaTeX."""
+    assert math_reward(response, answer) == reward
+
+GSM8K_ROWS = [{"question": f"Ann has {n} times 536 pens. How many?", "answer":
+               f"She has {n}*536 = <<{n}*536={n * 536}>>{n * 536}.\n#### {n * 536:,}"}
+              for n in range(2, 14)]
+
+def openr1(problem, text, answer):
+    """A row as in OpenR1-Math-46k-8192."""
+    return {"prompt": [{"role": "system", "content": "Your task is to think."},
+                       {"role": "user", "content": problem}],
+            "target": [{"role": "assistant", "content": text}],
+            "reward_model": {"ground_truth": answer, "style": "rule"},
+            "data_source": "openr1", "ability": "math", "extra_info": {"index": 1}}
+
+@pytest.mark.parametrize("row, solutions, answer", [
+    (GSM8K_ROWS[0], ["She has 2*536 = 1072.\n\\boxed{1072}"], "1072"),  # no calculator marks
+    (openr1("How many?", "<think>\nHm, 7? Yes.\n</think>\nSo \\boxed{7}.", "7"),  # all one text
+     ["Hm, 7? Yes.\nSo \\boxed{7}."], "7"),
+    ({"problem": "How many?", "answer": 4.5}, [], "4.5"),
+    ({"problem": "How many?", "answer": 2e-05}, [], "0.00002"),
+    ({"problem": "How many?", "answer": "4", "solution": None}, [], "4"),
+    ({"problem": "How many?", "answer": "4", "solution": ""}, [], "4"),
+    ({"problem": "How many?", "answer": "4", "solution": "S"}, ["S"], "4"),
+    ({"question": "How many?", "answer": "4", "solution": ["S", "", "T"]}, ["S", "T"], "4")])
+def test_rows_of_gsm8k_of_openr1_and_plain_ones_become_problems(tokenizer, row, solutions, answer):
+    """With one solution, several or none, which is never guided; the turn's end closes each."""
+    ((prompt, found, right),) = read(tokenizer, row)
+    assert "How many?" in prompt and "Your task" not in prompt
+    assert found == [text + "<|im_end|>" for text in solutions] and right == answer
+
+def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
+    """With the usual instruction, and the assistant's turn opened. What looks like a special token
+    in a problem is text; and a plain prompt begins with the BOS that the tokenizer adds, as Llama's
+    do, but an EOS behind it, which some add, is taken off."""
+    ((chat, _, _),) = read(tokenizer, PLAIN_ROWS[0])
+    asked = PLAIN_ROWS[0]["problem"] + "\n" + trapo.INSTRUCTION
+    assert chat == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert "reason step by step" in asked and "\\boxed{}" in asked
+    ids = trapo.prompt_tokens("What ends <|im_end|> here?", tokenizer)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+    bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[
+            (token, tokenizer.convert_tokens_to_ids(token))
+            for token in ("<|im_start|>", "<|im_end|>")])
+    bare = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bare, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    ((plain, solutions, _),) = read(bare, PLAIN_ROWS[0])
+    assert plain == f"<|im_start|>{asked}\n\n"
+    assert solutions == [PLAIN_ROWS[0]["solution"] + "<|im_end|>"]
+
+def test_a_template_may_print_the_date_or_open_the_thoughts(tokenizer):
+    """The date is always the same, or no run could be resumed; a <think> is closed in the text."""
+    dated, thinking = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    assert read(dated, PLAIN_ROWS[0])[0][0].startswith("01 Jan 2026 <|im_start|>user")
+    thinking.chat_template = CHATML.replace("assistant\\n", "assistant\\n<think>\\n").replace(
+        "assistant\n", "assistant\n<think>\n")
+    for text, expected in (("<think>\nHm.\n</think>\nSo", "Hm.\n</think>\nSo"),
+                           ("So", "</think>\n\nSo")):
+        (_, (solution,), _), = read(thinking, PLAIN_ROWS[0] | {"solution": text})
+        assert solution == expected + "<|im_end|>"
+
+@pytest.mark.parametrize("changes", [
+    {"answer": ""}, {"answer": None}, {"problem": ""}, {"problem": None},
+    {"problem": "long " * 300}, {"solution": "long " * 300}])
+def test_rows_that_cannot_be_used_are_dropped_and_counted_in_one_line(changes, tokenizer, capsys):
+    """Nothing there, or too long: the other rows are kept."""
+    row = PLAIN_ROWS[0]
+    assert len(read(tokenizer, row, row | changes, {"problem": "P", "answer": 4.5},
+                    row | {"solution": ["long " * 300, "S"]}, max_response=200)) == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    kept, dropped = line.split("dropped")
+    assert "3 problems, 2 with solutions" in kept
+    assert sum(map(int, re.findall(r"\d+", dropped))) == 1
+
+def test_lengths_of_exactly_the_limit_are_kept(tokenizer):
+    """A prompt of max_prompt tokens, a solution of max_response with its EOS; one more is out."""
+    row = PLAIN_ROWS[0]
+    ((prompt, (solution,), _),) = read(tokenizer, row)
+    limits = {"max_prompt": len(tokenizer(prompt).input_ids),
+              "max_response": len(tokenizer(solution).input_ids)}
+    assert len(read(tokenizer, row, **limits)) == 1
+    for name in limits:
+        with pytest.raises(InputError, match="1 (prompt|solution) too long"):
+            read(tokenizer, row, **{**limits, name: limits[name] - 1})
+
+def test_rows_are_read_as_they_were_written():
+    """Numbers in JSON keep their digits; parquet keeps lists, and null is null. A file's name is no
+    pattern, and a file that is rewritten, in the same second even, is read again."""
+    text = '{"answer": 0.10}\n\n{"problem": "P\u2028", "answer": 12345678901234567890}\n'
+    for name in ("rows[12].jsonl", "rows.json", "rows"):
+        array = "[" + ",".join(filter(None, text.split("\n"))) + "]"
+        Path(name).write_text(array if name.endswith("json") else text)
+        assert [row["answer"] for row in load_rows(name)] == ["0.10", "12345678901234567890"]
+    rows = [{"answer": "1", "solution": ["S", "T"]}, {"answer": None, "solution": []}]
+    pandas.DataFrame(rows).to_parquet("rows.parquet")
+    assert load_rows("rows.parquet") == rows
+    stamp = os.stat("rows").st_mtime_ns
+    Path("rows").write_text(text.replace("0.10", "0.20"))
+    os.utime("rows", ns=(stamp, stamp))
+    assert load_rows("rows")[0]["answer"] == "0.20"
+
+def task_of(tokenizer, rows, *flags):
+    """make_task on a file of these rows."""
+    return make_task(tokenizer, settings("--dataset", write_rows(rows), *flags))
+
+def test_the_last_rows_are_held_out_a_tenth_at_most_or_those_of_another_file(tokenizer):
+    """Held-out problems need no solution and are not trained on, though a file holds them twice."""
+    def answers(problems):
+        return [p.answer for p in problems]
+
+    known = answers(task_of(tokenizer, PLAIN_ROWS, "--eval-size", "0").train)
+    task = task_of(tokenizer, PLAIN_ROWS, "--eval-size", "2")
+    assert answers(task.train + task.heldout) == known == [r["answer"] for r in PLAIN_ROWS]
+    assert len(task.heldout) == 2 and not task.heldout[0].solutions
+    assert task.reward(task.heldout[0], task.train[0].solutions[0]) == 0.0
+    assert all(task.reward(p, p.solutions[0]) == 1.0 for p in task.train)  # EOS does not disturb it
+    task = task_of(tokenizer, [*PLAIN_ROWS[:11], *PLAIN_ROWS[-1:] * 9])
+    assert answers(task.train) == known[:11] and len(task.heldout) == 2
+    assert not task_of(tokenizer, PLAIN_ROWS[:9]).heldout
+    write_rows(PLAIN_ROWS[:5], "test.jsonl")
+    task = task_of(tokenizer, PLAIN_ROWS[3:], "--test", "test.jsonl", "--eval-size", "4")
+    assert answers(task.heldout) == known[1:5] and answers(task.train) == known[5:]
+
+def openr1_rows():
+    text = "<think>\n{solution}\n</think>\nSo it is."
+    return [openr1(row["problem"], text.format(**row), row["answer"]) for row in PLAIN_ROWS]
+
+def real_gsm8k_rows():
+    """The shortest of GSM8K."""
+    path = HERE.parent / "shared" / "data" / "gsm8k_train.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted(rows, key=lambda row: len(row["answer"]))[:24]
+
+@pytest.mark.parametrize("make_rows", [lambda: GSM8K_ROWS, real_gsm8k_rows, openr1_rows])
+def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(
+        make_rows, stand_in, monkeypatch):
+    """From a chat model's folder and real rows to a folder of the trained weights, bit for bit."""
+    pandas.DataFrame(make_rows()).to_parquet("rows.parquet")
+    trained = []
+    monkeypatch.setattr(trapo, "load_policy",
+                        lambda name: trained.append(load_policy(name)) or trained[-1])
+    main(["--model", stand_in, "--dataset", "rows.parquet", "--out", "run", "--steps", "2",
+          "--prompts", "2", "--max-prompt", "900", "--max-response", "70", "--eval-size", "1",
+          "--lr", "1e-3", "--device", "cpu"])
+    steps = metrics_of("run")[1:]
+    assert [line["guided"] for line in steps] == [0.5, 0.5]  # a random policy needs all the help
+    assert all(line["tokens_trained"] > 0 and line["logprob_gap"] < 1e-4 for line in steps)
+    assert steps[0]["reward_guided"] >= 0.25  # the experts' whole solutions verify
+    assert not logging.getLogger("math_verify").isEnabledFor(logging.ERROR)  # it has much to say
+    ((policy, _),), ids = trained, torch.arange(1, 40)[None]
+    again = transformers.AutoModelForCausalLM.from_pretrained("run/model").eval()
+    origin = transformers.AutoModelForCausalLM.from_pretrained(stand_in).eval()
+    with torch.no_grad():
+        logits = policy.eval()(ids).logits
+        assert torch.equal(again(ids).logits, logits)
+        assert not torch.allclose(origin(ids).logits, logits, atol=1e-3)
+    assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()  # tied
+    assert set(again.generation_config.eos_token_id) == set(origin.generation_config.eos_token_id)
+    saved, given = map(transformers.AutoTokenizer.from_pretrained, ("run/model", stand_in))
+    text = "<|im_start|>user\nWhat is 2+2?\n\n<|im_end|>"
+    assert saved(text).input_ids == given(text).input_ids and saved.chat_template == CHATML
+
+# ==== Part 8. The sampler's copy, and processes
+
+def test_the_samplers_copy_is_in_bf16_and_the_master_weights_are_not(stand_in, monkeypatch):
+    """Cast parameter by parameter, tied ones stay tied; RoPE's buffers stay fp32."""
+    def whole_copy(*_):
+        pytest.fail("a second fp32 model was made")
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", whole_copy)
+    policy, _ = load_policy(stand_in)
+    sampler = trapo.make_sampler(policy, settings("--bf16"))
+    assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {b.dtype for b in sampler.buffers()} == {torch.float32}
+    assert sampler.lm_head.weight is sampler.model.embed_tokens.weight
+    assert not any(p.requires_grad for p in sampler.parameters())
+    assert trapo.make_sampler(policy, settings("--no-bf16")) is policy
+    with torch.no_grad():
+        policy.lm_head.weight += 1
+    trapo.refresh(sampler, policy)
+    for mine, master in zip(sampler.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(mine, master.bfloat16())
+
+def test_with_bf16_the_update_computes_in_it_and_collects_gradients_in_fp32(base):
+    """Log-probs close to those of fp32, but not equal to them; so is what the sampler noted."""
+    policy, _ = load_policy(base)
+    rollouts = [replace(r) for r in BATCH]
+    accumulate_gradients(policy, rollouts, settings("--bf16"))
+    for r in rollouts[:3]:
+        expected = naive(policy, r.prompt + r.prefix + r.completion, len(r.prompt)).tolist()
+        assert r.logprobs == pytest.approx(expected, abs=0.1)
+        assert r.logprobs != pytest.approx(expected, abs=1e-5)
+    assert {p.grad.dtype for p in policy.parameters()} == {torch.float32}
+    main(tiny_run(base, "run", "--steps", "1", "--bf16"))
+    assert 1e-5 < metrics_of("run")[-1]["logprob_gap"] < 0.1
+    assert {x.dtype for x in safetensors.torch.load(weights("run")).values()} == {torch.float32}
+
+def test_held_out_draws_do_not_depend_on_the_number_of_processes(base, monkeypatch):
+    """Every problem has its own random numbers, whichever process draws for it."""
+    policy, _ = load_policy(base)
+    args, drawn = settings("--max-response", "8"), {}
+
+    def reward(problem, response):
+        drawn[tuple(problem.prompt_ids)] = response
+        return float(len(response) % 2)
+    task = Task([], [Problem([i, 3], [], "") for i in range(3, 30)], reward)
+    monkeypatch.setattr(trapo, "gather", lambda value: [value])
+    share, alone = trapo.evaluate(policy, task, args, greedy=False), drawn.copy()
+    assert share == {"held out": statistics.fmean(len(x) % 2 for x in alone.values())}
+    assert len(set(map(tuple, alone.values()))) > 20  # of 27
+    drawn.clear()
+    monkeypatch.setattr(trapo, "WORLD", 3)
+    for rank in range(3):
+        monkeypatch.setattr(trapo, "RANK", rank)
+        trapo.evaluate(policy, task, args, greedy=False)
+    assert drawn == alone
+
+TWO_PROCESSES = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+import eval, trapo
+start, dist.destroy_process_group = dist.init_process_group, lambda: None  # once for all of them
+dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
+end, os._exit = os._exit, lambda code: end(code) if code else None
+for name, argv in json.loads(sys.argv[2]):
+    {"trapo": trapo, "eval": eval}[name].main(argv)
+def fail(*_):
+    raise RuntimeError("the second process is out of luck")
+if trapo.RANK == 1:
+    trapo.accumulate_gradients = fail
+trapo.main(json.loads(sys.argv[3]))
+"""
+
+@pytest.fixture(scope="module")
+def two(base, stand_in, tmp_path_factory):
+    """A folder in which torchrun's two processes did what the tests below look at.
+
+    SFT draws nothing, so it can be compared number by number: two steps each by one, two, and one
+    process. Five prompts in small micro-batches: the processes have different numbers of them.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    flags = ["--method", "sft", "--prompts", "5", "--micro-tokens", "40", "--save-every", "2"]
+    main(tiny_run(base, folder / "alone", *flags, "--steps", "6"))
+    main(tiny_run(base, folder / "run", *flags, "--steps", "2"))
+    write_rows(PLAIN_ROWS[:5], folder / "few.jsonl")
+    runs = [("trapo", ["--resume", "--out", "run", "--steps", "4"]),
+            ("trapo", tiny_run(base, "few", "--prompts", "1", "--eval-size", "3")),
+            ("eval", ["model", stand_in, *FEW, "--out", "samples"])]
+    (folder / "both.py").write_text(TWO_PROCESSES)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "both.py", str(HERE), json.dumps(runs), json.dumps(tiny_run(base, "failed", *flags))],
+        capture_output=True, text=True, timeout=240, cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    return folder, done
+
+def test_two_processes_do_the_work_of_one(two):
+    """Losses, norms, counts and weights; and a process may have no prompt."""
+    folder, done = two
+    assert [line["step"] for line in metrics_of(folder / "run")][-2:] == [3, 4], done.stderr
+    main(["--resume", "--out", str(folder / "run"), "--steps", "6"])
+    assert_alike(folder / "alone", folder / "run")
+    last = metrics_of(folder / "few")[-1]  # the second sampled and trained nothing, and waited
+    assert last["step"] == 2
+    assert last["logprob_gap"] is None or last["logprob_gap"] < 1e-5  # the copy is kept fresh
+    load_policy(str(folder / "few"))
+
+def test_an_error_in_one_process_ends_both_at_once(two):
+    """With its traceback; destroy_process_group would wait for the other, for up to a day."""
+    folder, done = two
+    assert done.returncode != 0 and "the second process is out of luck" in done.stderr
+    assert [line["step"] for line in metrics_of(folder / "failed")] in ([], [0])
+
+# ==== Part 8. Checkpoints, kills, signals
+
+processes = multiprocessing.get_context("forkserver")  # imports all this once, then forks
+processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "math_verify",
+                                  __name__])
+
+def at_call(place, call, action, patch):
+    """Let the given call, from 1, of a "module function" do something before it does its work."""
+    module, name = place.split()
+    module = {"trapo": trapo, "torch": torch, "os": os, "shutil": trapo.shutil}[module]
+    function, calls = getattr(module, name), iter(range(1, 10 ** 9))
+
+    def replaced(*args, **kwargs):
+        if next(calls) == call:
+            action()
+        return function(*args, **kwargs)
+    patch.setattr(module, name, replaced)
+
+def die_at(place, call, argv):
+    """Run main(argv), but kill -9 this very process before the given call of a function."""
+    at_call(place, call, lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())
+    main(argv)
+
+LONGER = ("--steps", "4", "--save-every", "2", "--eval-every", "2", "--eval-size", "1")
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """A run with the flags LONGER that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    main(tiny_run(base, folder, *LONGER))
+    return folder
+
+def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(base, whole):
+    """Each model's folder is whole, nothing unfinished stays; and all settings are remembered."""
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "checkpoint-2", "checkpoint-4", "defaults.json", "metrics.jsonl", "model",
+        "rollouts.jsonl", "settings.json", "tokenizer"]
+    for folder in ("model", "checkpoint-2", "checkpoint-4"):
+        transformers.AutoModelForCausalLM.from_pretrained(whole / folder)
+        transformers.AutoTokenizer.from_pretrained(whole / folder)
+    assert weights(whole) == weights(whole / "checkpoint-4") != weights(whole / "checkpoint-2")
+    assert [line["step"] for line in metrics_of(whole)] == [0, 1, 2, 3, 4]
+    assert [list(line.get("eval", {})) for line in metrics_of(whole)] == [
+        ["held out", "held out, greedy"], [], ["held out"], [], ["held out", "held out, greedy"]]
+    first = (whole / "settings.json").read_text()
+    assert set(json.loads(first)) == {f.name for f in fields(Settings)}
+    shutil.copytree(whole, "moved")  # a run goes on where it is, not in the folder it names
+    main("--resume --out moved --steps 5".split())
+    assert json.loads(Path("moved/settings.json").read_text()) == json.loads(first) | {
+        "steps": 5, "resume": True, "out": "moved"}
+    assert checkpoints(Path("moved"))[0].name == "checkpoint-4" and not Path("moved/.old").exists()
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, whole):
+    """kill -9 amid rollouts, the update, the log and the writing of checkpoints: nothing is lost.
+
+    Every attempt goes on from where the one before was killed, whatever that left half done.
+    """
+    for place, call in (("trapo write_whole", 4), ("trapo sample", 1), ("trapo refresh", 3),
+                        ("trapo write_whole", 2), ("torch save", 1), ("os replace", 5),
+                        ("trapo step_metrics", 2), ("shutil rmtree", 3), ("os replace", 5)):
+        resumed = ["--resume"] * Path("run/settings.json").exists()
+        if not resumed:
+            shutil.rmtree("run", ignore_errors=True)
+        child = processes.Process(target=die_at, args=(place, call, tiny_run(
+            base, "run", *LONGER, *resumed)))
+        with pytest.MonkeyPatch.context() as patch:  # Python 3.11 does not say where this file is
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, place
+    assert not Path("run/model").exists()
+    main(tiny_run(base, "run", *LONGER, "--resume"))
+    assert_same("run", whole)
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_longer_run_replaces_the_model_or_loses_none(base, whole, call, monkeypatch):
+    """Stopped before the old model is moved aside, or before the new one takes its place."""
+    def stop():
+        raise KeyboardInterrupt
+    main(tiny_run(base, "run", *LONGER, "--steps", "3"))
+    at_call("os replace", 5 + call, stop, monkeypatch)
+    with pytest.raises(SystemExit):
+        main(["--resume", "--out", "run", "--steps", "4"])
+    main(["--resume", "--out", "run"])
+    assert weights("run") == weights(whole) and not list(Path("run").glob(".*"))
+
+@pytest.mark.parametrize("place, call, number", [
+    ("trapo sample", 10, signal.SIGTERM), ("trapo refresh", 2, signal.SIGINT),
+    ("trapo save", 1, signal.SIGINT)])
+def test_ctrl_c_and_sigterm_finish_the_step_and_save_it(
+        base, whole, place, call, number, monkeypatch, capsys):
+    """Exit code 130 and a command that goes on from there."""
+    at_call(place, call, lambda: os.kill(os.getpid(), number), monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        main(tiny_run(base, "run", *LONGER))
+    last = metrics_of("run")[-1]["step"]
+    assert stop.value.code == 130 and 0 < last < 4
+    assert checkpoints(Path("run"))[-1].name == f"checkpoint-{last}"
+    (command,) = re.findall("python trapo.py (--resume.*)", capsys.readouterr().err)
+    main(command.split())
+    assert_same("run", whole)
+
+def test_a_second_ctrl_c_ends_the_program_at_once(base, monkeypatch, capsys):
+    """Exit code 130, nothing saved; and Ctrl-C is what it was before."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(trapo, "train_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(tiny_run(base, "run"))
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not checkpoints(Path("run"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+@pytest.mark.parametrize("error, advice", [
+    (OSError(28, "No space left on device"), True), (OSError(5, "Input/output error"), False),
+    (safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True)])
+def test_a_full_disk_is_one_line_and_loses_nothing(base, error, advice, monkeypatch, capsys):
+    """The checkpoint before stays, --resume goes on from it; no other error advises to free space.
+
+    A last line that was torn is cut off, behind an inner brace too.
+    """
+    def full():
+        raise error
+    flags = ("--steps", "3", "--save-every", "1")
+    main(tiny_run(base, "whole", *flags))
+    with pytest.MonkeyPatch.context() as patch:
+        at_call("torch save", 2, full, patch)
+        assert ("free space" in refusal(tiny_run(base, "run", *flags), capsys)) == advice
+    assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-1"]
+    with Path("run/metrics.jsonl").open("a") as log:
+        log.write('{"step": 2, "eval": {"held out": 0.5}')
+    main([*tiny_run(base, "run", *flags), "--resume"])
+    assert_same("run", "whole")
+
+# ==== Part 9. Rollouts that are kept, and printing
+
+def test_two_groups_are_kept_and_one_is_shown_at_each_evaluation(base, capsys):
+    """Also if nothing is held out, and at the last step: the fields of Rollout, as trained on."""
+    main(tiny_run(base, "run", "--steps", "5", "--eval-every", "2"))
+    kept = [json.loads(line) for line in Path("run/rollouts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [2, 2, 4, 4, 5, 5]
+    for line in kept:
+        group = [Rollout(**fields) for fields in line["rollouts"]]
+        assert [r.micro_group for r in group] == [0, 0, 0, 0, 1, 1, 2, 3]
+        rewards = [r.reward for r in group]
+        assert [r.advantage for r in group] == pytest.approx(
+            [reward - statistics.mean(rewards) for reward in rewards])
+        assert all(len(r.completion) == len(r.sampler_logprobs) for r in group)
+        assert all(len(r.logprobs) in (0, len(r.prefix + r.completion)) for r in group)
+    assert not any(line.get("eval") for line in metrics_of("run"))
+    output = capsys.readouterr().out
+    assert len(re.findall(r"reward [01], A [+-]\d\.\d\d:  ", output)) == 3 * 8
+    assert re.findall("step ([0-9]+): ", output) == ["2", "4", "5"]
+
+@pytest.mark.parametrize("rewards, prefix, length, threshold, words", [
+    ([], 0, 9, -1, "0.00 >= -1: no help"), ([1, 0], 3, 9, 0.7, "0.50 < 0.7: 33% of the solution"),
+    ([1, 1], 0, 9, 0.7, "1.00 >= 0.7: no help"), ([1], 9, 9, ALWAYS, "< 2: 100% of the solution"),
+    ([0], 0, 0, 0.7, "but there is no solution"), ([0], 0, 2, 0.7, "0% of the solution")])
+def test_what_decided_on_help_is_said_in_words(rewards, prefix, length, threshold, words):
+    """Never, by the mean reward, always; no solution; the real share, which may come to nothing."""
+    group = [*(Rollout([5], [], [4], reward) for reward in rewards),
+             Rollout([5], [7] * prefix, [4], micro_group=1, solution_length=length)]
+    assert words in trapo.help_given(group, 1, MicroGroup(1, 0.2, threshold))
+
+def test_a_run_that_learns_nothing_says_so(base, monkeypatch, capsys):
+    """All responses cut off, or no group both right and wrong; once."""
+    monkeypatch.setattr(trapo, "grade", lambda *_: (0.0, ""))
+    write_rows([{"problem": "a 1 b +1 ?", "answer": "2"}])
+    for limit, words in (("1", "cut off at --max-response 1"), ("12", "No group had both")):
+        main(tiny_run(base, f"run{limit}", "--dataset", "rows.jsonl", "--prompts", "1", "--steps",
+                      "2", "--max-prompt", "12", "--max-response", limit, "--device", "cpu"))
+        assert capsys.readouterr().out.count(words) == 1
+
+# ==== Part 10. The command line
+
+def refusal(argv, capsys, program=main):
+    """main's one line on stderr for a command line that cannot be run."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        program(argv.split() if isinstance(argv, str) else argv)
+    lines = [line for line in capsys.readouterr().err.split("\n") if line and "it/s" not in line]
+    assert stop.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+def files():
+    """What lies in this folder."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+def rows(at, content, *flags):
+    """The command line of a run of the stand-in on a file of these bytes, or rows."""
+    if not isinstance(content, bytes):
+        content = "\n".join(map(json.dumps, content)).encode()
+    Path("rows.jsonl").write_bytes(content)
+    return ["--model", at.stand_in, "--dataset", "rows.jsonl", "--max-prompt", "500",
+            "--max-response", "500", "--device", "cpu", *flags]
+
+def model(folder):
+    """The command line of a run of this model."""
+    return ["--model", folder, "--dataset", write_rows(PLAIN_ROWS), "--device", "cpu",
+            "--max-prompt", "500", "--max-response", "500"]
+
+def put(path, content, result=None):
+    """A file with this text; returns the result."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(content)
+    return result
+
+def other(at, file, content):
+    """The command line of a run of the stand-in, one of whose files has another content."""
+    return put(like(at.stand_in) + "/" + file, content, model("copied"))
+
+def state(at, change):
+    """The stand-in with other weights, by a function of their dictionary."""
+    found = safetensors.torch.load_file(Path(like(at.stand_in), "model.safetensors"))
+    safetensors.torch.save_file(change(found), "copied/model.safetensors", {"format": "pt"})
+    return model("copied")
+
+def scaled(at, name, **changes):
+    """A model whose log-probs token_logprobs or sample would get wrong."""
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, pad_token_id=0,
+        eos_token_id=2, bos_token_id=None, **changes)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("scaled")
+    at.tokenizer.save_pretrained("scaled")
+    return model("scaled")
+
+def biased(at):
+    """A model with biases, saved as a class that has none."""
+    save_model("biased")
+    path = Path("biased/config.json")
+    path.write_text(path.read_text().replace('"attention_bias": true', '"attention_bias": false'))
+    return model("biased")
+
+def without_eos(at):
+    """Not with a config of Qwen2, for which transformers would supply an EOS."""
+    words = clock.make_tokenizer()
+    words.eos_token = words.chat_template = None
+    for part in clock.make_model(0), words:
+        part.save_pretrained("endless")
+    return model("endless")
+
+def held(at):
+    at.enter(trapo.locked(Path("run")))
+    return tiny_run(at.base, "run")
+
+def without_torchrun(at):
+    at.setenv("WORLD_SIZE", "2")
+    return tiny_run(at.base, "run")
+
+def resumed(at, name, content, *flags):
+    """The command line that resumes a finished run, of which this file was changed."""
+    shutil.copytree(at.whole, "run")
+    path = Path("run", name)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(content)
+    return ["--resume", "--out", "run", "--steps", "9", *flags]
+
+def trainer(at, change):
+    """Likewise, with another trainer.pt in the newest checkpoint."""
+    argv, path = resumed(at, "notes", ""), "run/checkpoint-4/trainer.pt"
+    found = torch.load(path, weights_only=True)
+    change(found)
+    torch.save(found, path)
+    return argv
+
+def cut_short(found):
+    for moments in found["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"][:1]
+
+def beside(at, content):
+    """The command line of a run from a model beside whose folder stands this defaults.json."""
+    shutil.copytree(at.base, "world/model")
+    return put("world/defaults.json", content, ["--model", "world/model"])
+
+P = {"problem": "P", "answer": "5"}
+DEEP = b'{"problem": "P", "answer": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+PARTS = CHATML.replace("{{ m['content'] }}",
+                       "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
+REFUSED = [  # what is wrong, a function that prepares it and returns the flags, what the line says
+    *((flags, flags, words) for flags, words in (
+        ("--alpha 2", "--alpha"), ("--alpha nan", "--alpha"), ("--ratios 0 .2 .5 1.5", "--ratios"),
+        ("--ratios 0 0.5", "--ratios"), ("--sizes 4 2", "--sizes"), ("--sizes 4 2 1 0", "--sizes"),
+        ("--sizes 99999", "--sizes"), ("--thresholds -1 inf 0.7 0.9", "--thresholds"),
+        ("--thresholds -1 nan 0.7 0.9", "--thresholds"), ("--steps 0", "--steps"),
+        ("--steps two", "--steps"), ("--steps 1.5", "--steps"), ("--prompts 2000000", "--prompts"),
+        ("--eval-size -1", "--eval-size"), ("--eval-size 2000000", "--eval-size"),
+        ("--lr 0", "--lr"), ("--lr inf", "--lr"), ("--temperature 0", "--temperature"),
+        ("--warmup -1", "--warmup"), ("--seed -1", "--seed"),
+        ("--seed 9999999999999999999", "--seed"), ("--method ppo", "--method"),
+        ("--prefix-loss kl", "--prefix-loss"), ("3", "3"),
+        ("--device gpu", "--device"), ("--step 3", "--step"), ("--overwrite", "--overwrite"),
+        ("--base-steps 9", "--base-steps"), ("--dataset nowhere", "nowhere.*gsm8k"),
+        ("--test no.jsonl", "no.jsonl"), ("--out runs/checkpoint-3", "--out .*another"),
+        ("--resume --out typo", "typo/settings.json"))),
+    ("a newline in a name", lambda at: ["--dataset", "no\nfile"], r"no\\nfile"),
+    ("--out is a file", lambda at: put("rows.csv", "", tiny_run(at.base, "rows.csv")), "rows.csv"),
+    ("a folder that holds a thesis", lambda at: put(
+        "out/thesis.tex", "all of it", tiny_run(at.base, "out")), "not empty.*--resume"),
+    ("a finished run, without --resume", lambda at: resumed(at, "notes", "")[1:], "not empty"),
+    ("another program writes there", held, "another program"),
+    ("several processes, but no torchrun", without_torchrun, "torchrun"),
+    # ---- models
+    ("no such Qwen", lambda at: model("No-Such-Model"), "No-Such-Model.*folder"),
+    ("no such Hub id", lambda at: model("someone/no-such-model"), "someone/no-such-model"),
+    ("a folder of no model", lambda at: put("empty/notes", "", model("empty")), "empty"),
+    ("a torn config", lambda at: other(at, "config.json", "{"), "copied"),
+    ("torn weights", lambda at: other(at, "model.safetensors", "torn"), "copied"),
+    ("a LoRA adapter", lambda at: other(at, "adapter_config.json", "{}"), "adapter.*merge"),
+    ("a broken template", lambda at: other(at, "chat_template.jinja", "{% for m in %}"), "copied"),
+    ("a template that wants parts", lambda at: other(at, "chat_template.jinja", PARTS),
+     "template leaves out"),
+    ("no EOS", without_eos, "no EOS"),
+    ("a missing layer", lambda at: state(at, lambda found: {
+        key: x for key, x in found.items() if "layers.1.mlp.up" not in key}),
+     "missing_keys.*layers.1.mlp.up"),
+    ("biases that the class lacks", biased, "unexpected_keys.*bias"),
+    ("weights of NaN", lambda at: state(at, lambda found: {
+        key: x * math.nan for key, x in found.items()}), "not finite"),
+    ("more ids than embeddings", lambda at: model(with_tokenizer(at.base, at.tokenizer)),
+     "more ids than its embedding"),
+    ("capped logits", lambda at: scaled(at, "gemma2", head_dim=8, final_logit_softcapping=1.0),
+     "capped|slides"),
+    ("multiplied logits", lambda at: scaled(at, "cohere", logit_scale=0.25), "scaled"),
+    ("divided logits", lambda at: scaled(at, "granite", logits_scaling=4.0), "scaled"),
+    ("attention that slides", lambda at: scaled(at, "mistral", sliding_window=4096), "slides"),
+    ("beyond the model's context", lambda at: rows(at, PLAIN_ROWS, "--max-response", "525"),
+     "1025.*1024.*running.md"),
+    # ---- rows
+    ("no answer", lambda at: rows(at, [{"problem": "P"}]), "row 1 .*answer.*column"),
+    ("an answer that is a list", lambda at: rows(at, [P, P | {"answer": ["5"]}]),
+     "row 2 .*neither text nor number"),
+    ("an answer of NaN", lambda at: rows(at, b'{"problem": "P", "answer": NaN}'), "row 1 .*nan"),
+    ("rows of null", lambda at: rows(at, b"null\nnull"), "row 1"),
+    ("rows that are nested too deep", lambda at: rows(at, DEEP), "line 1"),
+    ("no JSON", lambda at: rows(at, b'{"problem": "P"}\n\nno'), "line 3"),
+    ("Latin-1", lambda at: rows(at, '["\u00e9"]'.encode("latin-1")), "rows.jsonl.*utf-8.*UTF-8"),
+    ("an empty file", lambda at: rows(at, b""), "no usable row"),
+    ("half a parquet", lambda at: put(
+        "x.parquet", "PAR1", rows(at, [], "--dataset", "x.parquet")), "x.parquet"),
+    ("empty answers", lambda at: rows(at, [P | {"answer": ""}]), "no usable row.*1 no problem"),
+    ("long prompts", lambda at: rows(at, [P | {"problem": "long " * 999}]), "1 prompt too long"),
+    ("nothing left to train on", lambda at: rows(at, [P] * 10), "all problems are held out"),
+    ("nothing to imitate", lambda at: rows(at, [P] * 9, "--method", "sft"), "needs solutions"),
+    ("GSM8K without a network", lambda at: rows(at, [], "--dataset", "gsm8k"),
+     "openai/gsm8k.*give"),
+    # ---- --resume
+    *((f"--resume {flags}", lambda at, flags=flags: resumed(at, "notes", "", *flags.split()),
+       f"cannot change {flags.split()[0][2:]} ") for flags in (
+           "--alpha 0.2", "--method grpo", "--seed 1", "--prompts 3")),
+    *((f"settings.json with {content}", lambda at, content=content: resumed(
+        at, "settings.json", content), f"settings.json.*{word}") for content, word in (
+            ("", ""), ("[1]", ""), ({"wind": 3}, "wind"), ({"alpha": [0.1]}, "alpha"),
+            ({"sizes": 4.5}, "sizes"), ({"seed": True}, "seed"), ({"bf16": "x"}, "bf16"),
+            ({"method": "ppo"}, "ppo"), ({"device": "abacus"}, "abacus"))),
+    ("other rows than before", lambda at: put(
+        "rows.jsonl", '{"problem": "a 1 b +1 ?", "solution": "# 2", "answer": "2"}',
+        resumed(at, "settings.json", {"dataset": "rows.jsonl"})), "rows.*not those"),
+    ("a log that is no log", lambda at: resumed(at, "metrics.jsonl", '{"stop": 1}\n'),
+     "metrics.jsonl.*delete"),
+    ("trainer.pt of another step", lambda at: trainer(at, lambda found: found.update(step=3)),
+     "trainer.pt.*another"),
+    ("trainer.pt of another model", lambda at: trainer(at, cut_short), "trainer.pt.*another"),
+    ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
+    # ---- defaults.json
+    ("defaults.json with alpha", lambda at: beside(at, '{"alpha": 0.5}'), "defaults.json.*alpha"),
+    ("defaults.json, torn", lambda at: beside(at, '{"steps":'), "defaults.json"),
+    ("defaults.json of another kind", lambda at: beside(at, '{"steps": [3]}'),
+     "defaults.json.*steps")]
+
+@pytest.mark.parametrize("make, words", [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED])
+def test_what_cannot_be_used_is_refused_in_one_line(
+        make, words, base, stand_in, tokenizer, whole, monkeypatch, capsys, own_world):
+    """Exit code 2, no traceback, no file written or deleted; for bad flags nothing is loaded."""
+    with contextlib.ExitStack() as stack:
+        at = Namespace(base=base, stand_in=stand_in, tokenizer=tokenizer, whole=whole,
+                       setenv=monkeypatch.setenv, enter=stack.enter_context)
+        if isinstance(make, str):
+            monkeypatch.setattr(trapo, "load_policy", lambda *_: pytest.fail("loaded a model"))
+        argv = make.split() if isinstance(make, str) else make(at)
+        before = files()
+        line = refusal(argv, capsys)
+        assert re.search(words, line) and files() == before, line
+    own_world.clear()  # transformers reports missing layers, too
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there_is_refused_in_one_line(capsys):
+    assert "--device cpu" in refusal("--device cuda", capsys)
+
+def test_what_a_resumed_run_lacks_in_its_settings_is_named(whole, capsys):
+    """And counts as the default."""
+    shutil.copytree(whole, "run")
+    kept = json.loads(Path("run/settings.json").read_text())
+    for key in ("lr", "save_every"):
+        del kept[key]
+    Path("run/settings.json").write_text(json.dumps(kept))
+    main(["--resume", "--out", "run", "--steps", "5"])
+    assert "settings.json lacks lr, save_every: the defaults" in capsys.readouterr().out
+    again = json.loads(Path("run/settings.json").read_text())
+    assert again == kept | {"lr": 5e-6, "save_every": 50, "steps": 5, "resume": True, "out": "run"}
+
+def test_a_model_brings_defaults_that_typed_flags_go_over(base):
+    """Its folder, or the one around it; file names as seen from there. --dataset cancels all."""
+    rows = str(Path(base).with_name("rows.jsonl"))
+    args = parse_args(["--model", base])
+    assert (args.dataset, args.prompts, args.eval_size, args.device) == (rows, 2, 0, "cpu")
+    assert args.out == f"runs/{Path(base).parent.name}-trapo-seed0"
+    args = parse_args(["--model", base, "--prompts", "3", "--method", "grpo"])
+    assert (args.dataset, args.prompts, args.sizes) == (rows, 3, [8])
+    args = parse_args(["--model", base, "--dataset", "gsm8k"])
+    assert (args.dataset, args.prompts, args.eval_size) == ("gsm8k", 32, 200)
+
+def test_sft_then_rl_is_two_commands(base):
+    """A run's folder is a model, with its data and lengths; never lr, steps, or the method."""
+    main(tiny_run(base, "runs/sft", "--method", "sft", "--lr", "1e-3", "--steps", "1"))
+    written = json.loads(Path("runs/sft/defaults.json").read_text())
+    assert written == {"dataset": str(Path(base).with_name("rows.jsonl")), "test": None,
+                       "max_prompt": 12, "max_response": 12}
+    for model, out in (("runs/sft", "sft"), ("runs/sft/checkpoint-1", "sft"), (".", "cwd")):
+        args = parse_args(["--model", model, "--method", "grpo"])
+        assert args.lr == Settings().lr and args.method == "grpo" and args.prompts == 32
+    main("--method grpo --model runs/sft --steps 1 --prompts 2 --eval-size 0 --device cpu".split())
+    assert weights("runs/sft-grpo-seed0") != weights(base)
+    main("--resume --method grpo --model runs/sft --steps 2".split())  # --out follows from these
+    assert metrics_of("runs/sft-grpo-seed0")[-1]["step"] == 2
+
+def test_the_embedded_experiment_is_a_model_with_its_defaults():
+    """.clock beside trapo.py: `python trapo.py` trains on it."""
+    args = parse_args([])
+    assert (args.model, args.out) == (str(HERE / ".clock" / "model"), "runs/clock-trapo-seed0")
+    assert (args.dataset, args.test) == tuple(
+        str(HERE / ".clock" / name) for name in ("train.jsonl", "test.jsonl"))
+    main("--steps 1 --prompts 1 --eval-size 4".split())
+    assert metrics_of("runs/clock-trapo-seed0")[-1]["guided_1"] == 0
+
+def test_errors_reach_the_shell_as_one_line_and_exit_code_2():
+    """As a user of trapo.py alone, without .clock, sees it; RANK without torchrun is nothing."""
+    shutil.copy(HERE / "trapo.py", "trapo.py")
+    run = subprocess.run([sys.executable, "trapo.py"], capture_output=True, text=True,
+                         env=os.environ | {"RANK": "1"})
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert re.match("error: .*/.clock/model is not there: .*clone.*--model", run.stderr)
+
+def test_help_explains_every_flag_in_a_line(capsys):
+    """--help, and exit code 0: a flag for each setting."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert set(re.findall(r"^ +--(?!no-)([a-z0-9-]+)", text, re.MULTILINE)) - {"help"} == {
+        f.name.replace("_", "-") for f in fields(Settings)} - {"fingerprint"}
+
+FEW = "--on few.jsonl --samples 2 --max-tokens 6 --chunk 4 --device cpu".split()
