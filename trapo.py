@@ -4,11 +4,24 @@ Post-training usually runs SFT on expert solutions and then RL. TRAPO does both 
 training instance. The policy first tries a problem alone; where it does badly, it is given the
 beginning of an expert solution and continues from there.
 
-Below is one group of eight rollouts, as the program prints it. A clock of 24 hours shows 14 and is
-moved five times, on lines named m to q: where does it end? `#` opens the answer. [ ] holds the
-expert's tokens, an aside ("see") and a slip ("oops") among them; A is the advantage:
+Below is one group of eight rollouts (step 21 of `python trapo.py`, as one machine drew it). A clock
+of 24 hours shows 12 and is moved five times, on lines named g to k: where does it end? `#` opens
+the answer. [ ] holds the expert's tokens, asides (now, think) and a slip (oops) among them; A is
+the advantage:
 
-@@GROUP@@
+prompt: f 12 g +4 h -9 i -7 j -6 k +1 ?
+  micro-group 1: mean reward so far 0.00 >= -1: no help
+    reward 0, A -0.25:  # 15 <eos>
+    reward 0, A -0.25:  # 1 <eos>
+    reward 0, A -0.25:  g +4 16 h -9 7 i -6 1 j -7 18 k +1 18 # 18 <eos>
+    reward 0, A -0.25:  # 12 <eos>
+  micro-group 2: mean reward so far 0.00 < 0.5: 21% of the solution
+    reward 0, A -0.25:  [now g +4 16 h] -9 7 i -7 0 j -6 18 k +4 22 # 22 <eos>
+    reward 1, A +0.75:  [now g +4 16 h] -9 7 i -6 1 j -7 18 k +1 19 # 19 <eos>
+  micro-group 3: mean reward so far 0.17 < 0.7: 50% of the solution
+    reward 0, A -0.25:  [now g +4 16 h -9 7 i -7 17 oops i] -6 11 j +1 12 k +4 16 # 16 <eos>
+  micro-group 4: mean reward so far 0.14 < 0.9: 100% of the solution
+    reward 1, A +0.75:  [now g +4 16 h -9 7 i -7 17 oops i -7 0 think j -6 18 k +1 19 # 19 <eos>]
 
 One update then trains two kinds of tokens (Section 2). On grad log p, the gradient of a token's
 log-probability, they weigh
@@ -53,7 +66,7 @@ from tqdm import tqdm
 Tokens = list[int]
 Completion = tuple[Tokens, list[float]]  # tokens, and the log-probs they were drawn with
 
-# ==== Settings. What a run's result depends on; the machine's settings follow in Part 10.
+# ==== Settings of the method; those of the data, the machine and the run follow in Part 10.
 def setting(default: object, help: str, group: str | None = None) -> typing.Any:
     """A field that is a flag of the command line; `group` opens a group of flags."""
     metadata = {"help": help, "group": group}
@@ -71,14 +84,9 @@ class Recipe:
     thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean reward is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
-    model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: .clock/model",
-                                group="model and data")
-    dataset: str | None = setting(None, "gsm8k, openr1, or a .jsonl / .json / .parquet file")
-    test: str | None = setting(None, "file of held-out rows; default: the data set's own or last")
-    eval_size: int = setting(200, "held-out problems")
-    max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)")
+    max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)", "optimisation")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
-    steps: int = setting(200, "training steps", group="optimisation")
+    steps: int = setting(200, "training steps")
     prompts: int = setting(32, "prompts per step, over all processes (paper: 128)")
     lr: float = setting(5e-6, "AdamW's learning rate, constant after the warm-up (paper: 5e-6)")
     warmup: int = setting(5, "steps of linear warm-up")
@@ -135,10 +143,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
 
 def luffy_loss(logprobs: Tensor, advantages: Tensor | float, gamma: float = 0.1) -> Tensor:
-    """LUFFY's loss on expert tokens (arXiv 2504.14945):  -A p / (p + gamma), not clipped.
-
-    From log p (nats, any shape) and advantages (broadcastable to it) to losses of that shape.
-    """
+    """LUFFY's loss on expert tokens (arXiv 2504.14945), not clipped:  -A p / (p + gamma)."""
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
 
@@ -327,23 +332,6 @@ def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
         prefix_loss == "luffy" and weightless)
     return prefix_is_inert and (weightless or not rollout.completion)
 
-def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
-    """Rollouts cut into micro-batches of at most `budget` tokens: a prompt counts once, a response
-    as the longest beside it. Rollouts of a prompt are neighbours. The longest come first, and so
-    does an out-of-memory error."""
-    def cost(batch: list[Rollout]) -> int:
-        longest = max(len(r.prefix + r.completion) for r in batch)
-        return sum(map(len, {tuple(r.prompt) for r in batch})) + len(batch) * longest
-
-    by_length = sorted(rollouts, key=lambda r: -len(r.prefix + r.completion))
-    prompts = dict.fromkeys(tuple(r.prompt) for r in by_length)
-    batches: list[list[Rollout]] = []
-    for r in (r for prompt in prompts for r in by_length if tuple(r.prompt) == prompt):
-        if not batches or cost([*batches[-1], r]) > budget:
-            batches.append([])
-        batches[-1].append(r)
-    return batches
-
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
     """Prefix loss plus policy gradient, summed, of [prefix + completion] log-probs: a scalar."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
@@ -354,7 +342,7 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
     log-probs and entropies on every rollout that is trained."""
     trained = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
-    batches = micro_batches(trained, args.micro_tokens)
+    batches = micro_batches(trained, args.micro_tokens)  # so that each fits into memory
     divisor, total = len(rollouts) * args.max_response, 0.0
     logprobs_of, batches, divisor = for_all_processes(policy, batches, divisor)  # one: no change
     for batch in batches:
@@ -869,7 +857,7 @@ def solution_tokens(text: str, prompt: str, tokenizer) -> Tokens:
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids + [turn_end(tokenizer)]
 
-def make_problems(rows: list[dict], tokenizer, args: Recipe,
+def make_problems(rows: list[dict], tokenizer, args: "Settings",
                   heldout: bool = False) -> list[Problem]:
     """Rows -> Problems. Held-out ones need no solution; others without one are never guided.
     InputError if nothing is left, or for a row of another form."""
@@ -899,7 +887,7 @@ def make_problems(rows: list[dict], tokenizer, args: Recipe,
     print_once(f"{name!r}: {len(problems)} problems, {solved}; dropped: {counts}")
     return problems
 
-def make_task(tokenizer, args: Recipe) -> Task:
+def make_task(tokenizer, args: "Settings") -> Task:
     """The data, with Math-Verify as reward. Held out: the last rows of --test, of GSM8K's own test
     set, or of the data set, a tenth of it at most."""
     rows = load_rows(args.dataset)
@@ -950,6 +938,23 @@ def gather(value: object) -> list:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, or what FSDP keeps of it in shards, put together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
+    """Rollouts cut into micro-batches of at most `budget` tokens: a prompt counts once, a response
+    as the longest beside it. Rollouts of a prompt are neighbours. The longest come first, and so
+    does an out-of-memory error."""
+    def cost(batch: list[Rollout]) -> int:
+        longest = max(len(r.prefix + r.completion) for r in batch)
+        return sum(map(len, {tuple(r.prompt) for r in batch})) + len(batch) * longest
+
+    by_length = sorted(rollouts, key=lambda r: -len(r.prefix + r.completion))
+    prompts = dict.fromkeys(tuple(r.prompt) for r in by_length)
+    batches: list[list[Rollout]] = []
+    for r in (r for prompt in prompts for r in by_length if tuple(r.prompt) == prompt):
+        if not batches or cost([*batches[-1], r]) > budget:
+            batches.append([])
+        batches[-1].append(r)
+    return batches
 
 def for_all_processes(policy: nn.Module, batches: list[list[Rollout]],
                       divisor: float) -> tuple[Callable, list[list[Rollout]], float]:
@@ -1239,7 +1244,12 @@ def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
 # the method's preset > defaults.
 @dataclass
 class Settings(Recipe):
-    """The recipe, and how and where it is computed, which a resumed run may change."""
+    """The recipe, its data, and how and where it is computed."""
+    model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: .clock/model",
+                                group="model and data")
+    dataset: str | None = setting(None, "gsm8k, openr1, or a .jsonl / .json / .parquet file")
+    test: str | None = setting(None, "file of held-out rows; default: the data set's own or last")
+    eval_size: int = setting(200, "held-out problems")
     device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
     bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
     micro_tokens: int = setting(4096, "tokens in a micro-batch of the update, a prompt once")
@@ -1301,7 +1311,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     args = fill_in(typed)
     if args.resume:
         before = vars(fill_in(read_file(Path(args.out, "settings.json"))))
-        fixed = {f.name for f in dataclasses.fields(Recipe)} - {"steps", "lr"}
+        fixed = set(vars(Recipe())) - {"steps", "lr"} | {"model", "dataset", "test", "eval_size"}
         changed = [key for key in typed if key in fixed and typed[key] != before[key]]
         if changed:
             raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}"
