@@ -847,34 +847,33 @@ def prompt_tokens(problem: str, tokenizer) -> Tokens:
         piece, add_special_tokens=False, split_special_tokens=piece == problem).input_ids]
 
 def solution_tokens(text: str, prompt: str, tokenizer) -> Tokens:
-    """An expert's text, and the end of a turn. Think tags go, but where the prompt has opened one
-    the text closes it."""
+    """An expert's text. Think tags go, but where the prompt has opened one the text closes it."""
     text = re.sub(r"<think>\n?", "", text)
     if not prompt.rstrip().endswith("<think>"):
         text = re.sub(r"</think>\n?", "", text)
     elif "</think>" not in text:
         text = f"</think>\n\n{text}"
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [turn_end(tokenizer)]
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 def make_problems(rows: list[dict], tokenizer, args: "Settings",
                   heldout: bool = False) -> list[Problem]:
     """Rows -> Problems. Held-out ones need no solution; others without one are never guided.
     InputError if nothing is left, or for a row of another form."""
-    problems, dropped = [], Counter()
+    problems, dropped, end = [], Counter(), turn_end(tokenizer)
     name = heldout and args.test or args.dataset
     for number, row in enumerate(rows, 1):
         with as_input_error(f"use row {number} of {name}", "see the README on columns"):
             problem, solutions, answer = read_row(row)
             problem, answer, *texts = map(as_text, (problem, answer, *solutions))
+            texts = [text for text in texts if text and not heldout]
+            if not problem or not answer:
+                dropped["no problem or answer"] += 1
+                continue
             prompt_ids = prompt_tokens(problem, tokenizer)
             prompt = tokenizer.decode(prompt_ids[-8:])
-            encoded = [solution_tokens(text, prompt, tokenizer)
-                       for text in texts if text and not heldout]
+            encoded = [[*solution_tokens(text, prompt, tokenizer), end] for text in texts]
         short = [ids for ids in encoded if len(ids) <= args.max_response]
-        if not problem or not answer:
-            dropped["no problem or answer"] += 1
-        elif len(prompt_ids) > args.max_prompt:
+        if len(prompt_ids) > args.max_prompt:
             dropped["prompt too long"] += 1
         elif encoded and not short:
             dropped["solution too long"] += 1
