@@ -634,7 +634,8 @@ def as_input_error(doing: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the Hub, the network, parsers and safetensors: each has its own
-        reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+        cause = error if isinstance(error, InputError) else error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200] or type(error).__name__
         raise InputError(f"cannot {doing} ({reason}): {remedy}") from error
 
 def tree_states(policy: nn.Module, tree: dict, paths: list[list[int]]) -> Tensor:
@@ -709,8 +710,10 @@ def turn_end(tokenizer) -> int:
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
-        after = render(tokenizer, turns).split("<answer>")[1].strip()
-        ids = tokenizer(after, add_special_tokens=False).input_ids
+        _, answer, after = render(tokenizer, turns).partition("<answer>")
+        if not answer:
+            raise ValueError("its chat template leaves out what was said")
+        ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         end = ids[0] if special & set(ids[:1]) else end
     if end is None:
@@ -1348,6 +1351,8 @@ def read_file(path: Path) -> dict:
             elif value is not None:
                 flags.append(f"--{name}={value}")
         settings = vars(make_parser().parse_args(flags))
+        if wrong := [key for key in settings if settings[key] != values[key]]:
+            raise ValueError(f"{', '.join(wrong)}: of the wrong kind")  # a list for a number
     missing = ", ".join(sorted({f.name for f in dataclasses.fields(Settings)} - values.keys()))
     if missing and path.name == "settings.json":
         print_once(f"{path} lacks {missing}: the defaults are taken")
