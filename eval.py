@@ -337,7 +337,6 @@ def draw(frame: pandas.DataFrame):
     return figure
 
 # ==== Part 5. A page to look at: the groups that a run kept, token by token.
-SHOWN = ("method", "dataset", "seed", "alpha", "prefix_loss")
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TRAPO, token by token</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
@@ -464,8 +463,9 @@ def look(args: Namespace) -> None:
                   for line in map(json.loads, lines)]
     if not groups:
         raise InputError(f"{path}: the run kept no rollouts yet: it does when it evaluates")
-    run = {key: settings[key] for key in SHOWN} | {"groups": groups}
-    run |= {key: list(curves[name].dropna().items()) for key, name in CURVES.items()}
+    run = {key: list(curves[name].dropna().items()) for key, name in CURVES.items()}
+    run |= {key: settings[key] for key in ("method", "seed", "alpha", "prefix_loss")}
+    run |= {"groups": groups, "dataset": os.path.relpath(settings["dataset"])}
     trapo.write_whole(page, PAGE.replace("RUN", json.dumps(run).replace("<", "\\u003c"), 1))
     print(f"open {page} in a browser")
 
