@@ -51,6 +51,7 @@ import tokenizers
 import torch
 import transformers
 
+import eval as evaluation
 import trapo
 from trapo import (ALWAYS, METHODS, PREFIX_LOSSES, InputError, MicroGroup, Problem, Rollout,
                    Settings, Task, accumulate_gradients, checkpoints, draw_tokens, expert_prefix,
@@ -59,6 +60,7 @@ from trapo import (ALWAYS, METHODS, PREFIX_LOSSES, InputError, MicroGroup, Probl
                    sample, sample_groups, token_logprobs, train_step, trsft_loss)
 
 HERE = Path(trapo.__file__).parent
+DATA = HERE.parent / "shared" / "data"  # real rows, if they are there
 sys.path.insert(0, str(HERE / ".ci"))
 import clock  # the world of the embedded experiment
 
@@ -187,7 +189,7 @@ def reward(problem, response):
     """A response is as good as its last token says."""
     return float(response[-1] == RIGHT)
 
-def draw(outcomes, problems=None, schedule=PAPER, **options):
+def draw(outcomes, problems=None, schedule=PAPER, reward=reward, **options):
     """sample_groups on a script of one-token completions: (groups, the script)."""
     problems = problems or [Problem([5], [SOLUTION], "")]
     script = Script([[outcome] for outcome in outcomes])
@@ -212,16 +214,13 @@ def test_methods_differ_in_what_their_rollouts_start_from_and_what_expert_tokens
 
 def test_what_is_typed_goes_over_the_method_and_that_over_the_defaults():
     """The paper's Section 5 is the default, a method sets its four, a flag has the last word."""
-    args = settings("--model", "Qwen2.5-0.5B-Instruct")
-    assert (args.method, args.dataset, args.alpha, args.lr) == ("trapo", "gsm8k", 0.1, 5e-6)
-    assert args.schedule == PAPER and args.temperature == 1 and args.max_prompt == 1024
     args = settings("--ratios", "0", "0.25", "0.5", "1")  # the released code's
+    assert (args.method, args.dataset, args.alpha, args.lr) == ("trapo", "gsm8k", 0.1, 5e-6)
     assert args.schedule == [MicroGroup(4, 0, -1), MicroGroup(2, 0.25, 0.5),
                              MicroGroup(1, 0.5, 0.7), MicroGroup(1, 1, 0.9)]
-    args = settings("--method", "grpo", "--sizes", "3", "1", "--ratios", "0", "1", "--thresholds",
-                    "-1", "2", "--prefix-loss", "sft", "--lr", "0.5")
-    assert args.schedule == [MicroGroup(3, 0, -1), MicroGroup(1, 1, ALWAYS)]
-    assert args.prefix_loss == "sft" and args.lr == 0.5 and args.alpha == 0.1
+    args = settings("--method", "grpo", "--sizes", "3", "--prefix-loss", "sft", "--lr", "0.5")
+    assert args.schedule == [MicroGroup(3, 0, -1)]
+    assert args.prefix_loss == "sft" and args.lr == 0.5 and settings().schedule == PAPER
 
 # ==== Part 1. The losses
 
@@ -258,35 +257,23 @@ def test_an_unlikely_token_pulls_as_hard_as_any_in_sft_and_little_in_trsft(p, sf
     weights = {alpha: x[0].item() / (p - 1) for alpha, x in found.items()}  # d log p is 1 - p
     assert weights == {0.0: pytest.approx(sft), 0.1: pytest.approx(trsft)}
 
-def test_trsft_is_continuous_at_the_edge_of_the_trust_region():
-    """Both pieces have the value -log(alpha) at p = alpha."""
-    for alpha in (0.01, 0.1, 0.7, 1.0):
-        sides = torch.tensor([alpha * (1 - 1e-9), alpha, alpha * (1 + 1e-9)], dtype=torch.float64)
-        expected = torch.full_like(sides, -math.log(alpha))
-        torch.testing.assert_close(trsft_loss(sides.log(), alpha), expected, rtol=0, atol=1e-8)
-
 def test_trsft_values_by_hand():
-    """Inside -log p, outside 1 - log(alpha) - p / alpha; alpha = 0 is SFT, alpha = 1 is 1 - p."""
-    logp = torch.tensor([0.5, 0.04], dtype=torch.float64).log().reshape(1, 2)
-    for alpha, values in ((0, [-math.log(0.5), -math.log(0.04)]), (1, [0.5, 0.96]),
-                          (0.1, [-math.log(0.5), 1 - math.log(0.1) - 0.4])):
+    """Inside -log p, outside 1 - log(alpha) - p / alpha; both are -log(alpha) at the edge.
+
+    alpha = 0 is SFT, alpha = 1 is 1 - p. p = 0 costs 1 - log(alpha) and has gradient 0, or inf.
+    """
+    logp = torch.tensor([0.5, 0.04, 0.1 * (1 - 1e-9), 0.1 * (1 + 1e-9), 0.0],
+                        dtype=torch.float64).log().reshape(1, 5)
+    log, edge = math.log, -math.log(0.1)
+    for alpha, values in ((0, [-log(0.5), -log(0.04), edge, edge, INF]),
+                          (1, [0.5, 0.96, 0.9, 0.9, 1]),
+                          (0.1, [-log(0.5), 1 + edge - 0.4, edge, edge, 1 + edge])):
         expected = torch.tensor([values], dtype=torch.float64)  # the shape is kept
-        torch.testing.assert_close(trsft_loss(logp, alpha), expected)
-
-def test_trsft_survives_an_expert_token_of_probability_zero():
-    """log p = -inf costs 1 - log(alpha) and has gradient 0; SFT (alpha = 0) costs inf, no NaN."""
-    for logp in (-INF, -1e4):
-        value = trsft_loss(torch.tensor(logp, dtype=torch.float64), 0.1)
-        assert value.item() == pytest.approx(1 - math.log(0.1), rel=1e-12)
-        assert gradient(lambda x: trsft_loss(x, 0.1), [logp]).item() == 0
-        assert trsft_loss(torch.tensor(logp), 0.0).item() == -logp
-        assert gradient(lambda x: trsft_loss(x, 0.0), [logp]).item() == -1
-
-@pytest.mark.parametrize("alpha", [-0.01, 1.01, math.nan, INF])
-def test_alpha_is_a_probability(alpha):
-    """Anything outside [0, 1] is a ValueError."""
-    with pytest.raises(ValueError, match="alpha"):
-        trsft_loss(torch.zeros(1), alpha)
+        torch.testing.assert_close(trsft_loss(logp, alpha), expected, rtol=0, atol=1e-8)
+        assert gradient(lambda x: trsft_loss(x, alpha), [-INF]).item() == -(alpha == 0)
+    for alpha in (-0.01, 1.01, math.nan, INF):
+        with pytest.raises(ValueError, match="alpha"):
+            trsft_loss(logp, alpha)
 
 def proposition_1(expert, alpha):
     """p*(c) = p_E(c) / lambda for the tokens with p_E(c) > alpha * lambda, which sum to 1.
@@ -424,8 +411,13 @@ def test_a_micro_group_is_one_generate_call_over_all_problems():
     The first problem is solved at once, the second never: from call 2 on, only it is helped.
     """
     problems = [Problem([5], [SOLUTION], ""), Problem([6, 7], [SOLUTION], "")]
-    outcomes = [1, 1, 1, 1, 0, 0, 0, 0,  1, 1, 0, 0,  1, 0,  1]
-    groups, script = draw(outcomes, problems, max_response=30)
+    outcomes, seen = [1, 1, 1, 1, 0, 0, 0, 0,  1, 1, 0, 0,  1, 0,  1], []
+
+    def noted(problem, response):
+        seen.append((problem, response))
+        return reward(problem, response)
+    groups, script = draw(outcomes, problems, reward=noted, max_response=30)
+    assert seen[0] == (problems[0], [1]) and (problems[1], SOLUTION[:2] + [0]) in seen
     hard = [6, 7]
     assert script.calls == [
         ([[5]] * 4 + [hard] * 4, [30] * 8),
@@ -440,13 +432,6 @@ def test_a_micro_group_is_one_generate_call_over_all_problems():
                         *((hard, SOLUTION[:2], [0], [-n], 0, 1) for n in (11, 12)),
                         (hard, SOLUTION[:5], [0], [-14], 0, 2),
                         (hard, SOLUTION, [], [], 1, 3)]  # rewarded all the same
-
-def test_what_is_rewarded_is_prefix_and_completion_together():
-    """The reward sees the whole response, and not the prompt."""
-    seen = []
-    sample_groups([Problem([5], [SOLUTION], "")], PAPER, Script([[0]] * 7),
-                  lambda problem, response: seen.append(response) or 0.0, random.Random(0))
-    assert seen == [[0]] * 4 + [SOLUTION[:2] + [0]] * 2 + [SOLUTION[:5] + [0]] + [SOLUTION]
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_no_help_without_a_solution_and_nothing_to_draw_after_a_whole_one(speculate):
@@ -519,17 +504,10 @@ def test_speculation_draws_nothing_that_no_threshold_can_choose(method, requests
 def test_speculation_relies_on_rewards_from_0_to_1():
     """A reward of -1 decides on help that no reward in [0, 1] could: nothing was drawn for it."""
     schedule = [MicroGroup(1, 0.0, -1), MicroGroup(1, 0.5, 0.0)]
-    for speculate in (False, True):
-        generate = Script([[0]] * 2)
-
-        def walk():
-            return sample_groups([Problem([5], [SOLUTION], "")], schedule, generate,
-                                 lambda *_: -1.0, random.Random(0), speculate=speculate)
-        if speculate:
-            with pytest.raises(ValueError, match=r"rewards in \[0, 1\]"):
-                walk()
-        else:
-            assert [len(r.prefix) for r in walk()[0]] == [0, 5]
+    (group,), _ = draw([0, 0], None, schedule, lambda *_: -1.0)
+    assert [len(r.prefix) for r in group] == [0, 5]
+    with pytest.raises(ValueError, match=r"rewards in \[0, 1\]"):
+        draw([0, 0], None, schedule, lambda *_: -1.0, speculate=True)
 
 # ==== Part 3. Log-probs of response tokens
 
@@ -709,13 +687,7 @@ def test_rollouts_are_left_out_exactly_if_their_gradient_is_zero(name):
                               policy_gradient_loss(logp[size:], advantage)])
         found = gradient(loss, [-3.0] * size + [-2.0] * len(completion))
         assert is_inert(rollout, name) is not bool(found.any())
-
-def test_a_prefix_loss_that_is_not_known_counts_as_one_that_trains():
-    """So that adding one is a line in PREFIX_LOSSES; a batch of inert ones costs no pass."""
-    guided, free = BATCH[4:6]
-    assert not is_inert(guided, "my own") and is_inert(free, "my own")
-    nothing = Table(torch.zeros(0, 30))  # would fail if it were asked anything
-    assert accumulate_gradients(nothing, [free, guided], settings("--method", "micro")) == 0.0
+        assert is_inert(rollout, "my own") <= (not prefix)  # what is not known counts as training
 
 # ==== Part 5. One step, and the loop
 
@@ -810,18 +782,6 @@ def test_micro_batches_keep_within_the_budget_and_a_prompt_counts_once():
         assert batches == [[rollouts[i] for i in batch] for batch in expected]
     assert micro_batches([], 8) == []
 
-def test_the_update_leaves_log_probs_and_entropies_on_what_it_trained():
-    """Of prefix and completion, at the policy before the update; nothing on what it left out."""
-    policy, rollouts = tiny_policy(), [replace(r) for r in BATCH]
-    accumulate_gradients(policy, rollouts, settings("--method", "micro"))
-    for r in rollouts[:3]:
-        sequence, start = r.prompt + r.prefix + r.completion, len(r.prompt)
-        full = distributions(policy, sequence, start)
-        entropies = -(full.exp() * full).sum(-1)
-        assert r.logprobs == pytest.approx(naive(policy, sequence, start).tolist(), abs=1e-12)
-        assert r.entropies == pytest.approx(entropies.tolist(), abs=1e-12)
-    assert [bool(r.logprobs) for r in rollouts] == [True, True, True, False, False, False, True]
-
 def test_every_problem_comes_once_an_epoch_and_every_epoch_in_another_order():
     """Steps may straddle epochs; the order is the seed's."""
     task = Task([Problem([i], [], "") for i in range(10)], [], None)
@@ -833,13 +793,6 @@ def test_every_problem_comes_once_an_epoch_and_every_epoch_in_another_order():
     first, second = epochs("0")
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second and epochs("0") == (first, second) != epochs("1")
-
-def test_the_learning_rate_warms_up_and_then_stays():
-    """Linearly over --warmup steps."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    for step, rate in ((0, 0.025), (1, 0.05), (3, 0.1), (4, 0.1), (9, 0.1)):
-        trapo.set_learning_rate(optimizer, step, settings("--lr", "0.1", "--warmup", "4"))
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 def step_of(base, *flags, reward=None, step=0):
     """One train_step on the base's rows: (metrics, groups)."""
@@ -855,49 +808,46 @@ def test_rollouts_are_those_of_the_seed_and_the_step(base):
         for seed, step in (("0", 0), ("0", 0), ("0", 1), ("1", 0)))
     assert again == first and later != first != other
 
-@pytest.mark.parametrize("temperature", ["1.0", "0.01"])
-def test_metrics_count_what_happened(base, temperature):
-    """Recounted from the rollouts. At a low temperature many are equal, and all count."""
+def test_metrics_and_log_probs_are_what_happened(base):
+    """Recounted from the rollouts. The update leaves log-probs and entropies on what it trained."""
     def mean(values):
-        return pytest.approx(statistics.fmean(values))
+        return pytest.approx(statistics.fmean(values), rel=1e-4)
 
-    metrics, groups = step_of(base, "--temperature", temperature, "--alpha", "0.02",
+    metrics, groups = step_of(base, "--temperature", "0.7", "--alpha", "0.02",
                               reward=lambda _, response: float(len(response) % 2))
     rollouts = [r for group in groups for r in group]
-    completed = [r for r in rollouts if r.completion]
-    assert len(groups) == 4 and len(rollouts) == 32
-    assert metrics["guided"] == mean(bool(r.prefix) for r in rollouts)
-    assert metrics["reward_guided"] == mean(r.reward for r in rollouts if r.prefix)
-    assert metrics["tokens_generated"] == sum(len(r.completion) for r in rollouts)
-    assert metrics["truncated"] == mean(r.completion[-1] != 1 for r in completed)
-    assert metrics["logprob_gap"] < 1e-5 and 0 < metrics["entropy"] < math.log(90)
-    lengths = [len(r.prefix + r.completion) for r in rollouts]
-    assert metrics["response_length"] == mean(lengths)
+    trained = [r for r in rollouts if not is_inert(r, "trsft")]
     for group in groups:
         baseline = statistics.fmean(r.reward for r in group)
         assert all(r.advantage == pytest.approx(r.reward - baseline) for r in group)
-    kept = [not is_inert(r, "trsft") for r in rollouts]
-    assert metrics["rollouts_skipped"] == 32 - sum(kept)
-    assert metrics["tokens_trained"] == sum(n for n, keep in zip(lengths, kept) if keep)
-    before, _ = load_policy(base)  # and p of the expert's tokens: its mean, share outside, weight
-    p = torch.cat([naive(before, r.prompt + r.prefix, len(r.prompt), float(temperature)).exp()
-                   for r in rollouts if r.prefix]).double()
-    for name, values in (("p", p), ("outside_share", (p < 0.02).double()),
-                         ("weight", (p / 0.02).clamp(max=1))):
-        assert metrics[f"prefix_{name}"] == pytest.approx(values.mean().item(), rel=1e-4)
+    before, _ = load_policy(base)
+    for r in trained:
+        sequence, start = r.prompt + r.prefix + r.completion, len(r.prompt)
+        full = distributions(before, sequence, start, 0.7)
+        assert r.logprobs == pytest.approx(naive(before, sequence, start, 0.7).tolist(), abs=1e-5)
+        assert r.entropies == pytest.approx((-(full.exp() * full).sum(-1)).tolist(), abs=1e-5)
+    assert len(rollouts) == 32 and [r for r in rollouts if r.logprobs] == trained
+    p = [math.exp(x) for r in trained for x in r.logprobs[:len(r.prefix)]]
+    for name, values in {
+            "guided": [bool(r.prefix) for r in rollouts],
+            "reward_guided": [r.reward for r in rollouts if r.prefix],
+            "reward_unguided": [r.reward for r in rollouts if r.micro_group == 0],
+            "truncated": [r.completion[-1] != 1 for r in rollouts if r.completion],
+            "response_length": [len(r.prefix + r.completion) for r in rollouts],
+            "entropy": [x for r in trained for x in r.entropies[len(r.prefix):]],
+            "prefix_p": p, "prefix_outside_share": [x < 0.02 for x in p],
+            "prefix_weight": [min(x / 0.02, 1) for x in p]}.items():
+        assert metrics[name] == mean(values), name
+    assert 0 < metrics["prefix_outside_share"] < 1 and metrics["logprob_gap"] < 1e-5
+    assert metrics["tokens_generated"] == sum(len(r.completion) for r in rollouts)
+    assert metrics["tokens_trained"] == sum(len(r.logprobs) for r in trained)
+    assert metrics["rollouts_skipped"] == 32 - len(trained)
 
 def test_the_unguided_reward_is_that_of_the_first_micro_group_alone():
     """Later rollouts are unguided only where the first ones went well: they would flatter."""
-    well = [Rollout([3], [], [4], 1.0, m) for m in (0, 0, 0, 0, 1, 1, 2, 3)]
-    badly = [*[Rollout([3], [], [4], 0.0, 0)] * 4,
-             *[Rollout([3], [5], [4], 0.5, m) for m in (1, 2)]]
-
-    def found(rollouts):
-        return trapo.step_metrics(tiny_policy(), rollouts, 0.0, 1.0, Counter(began=0), settings())
-    metrics = found(well + badly)
-    assert metrics["reward_unguided"] == 4 / 8 and metrics["reward_guided"] == 0.5
-    assert [metrics[f"guided_{m + 1}"] for m in range(4)] == [0, 1 / 3, 1 / 2, 0]
-    assert found(badly[4:])["reward_unguided"] is None
+    rollouts = [Rollout([3], [], [4], float(m > 0), m) for m in (0, 0, 0, 0, 1, 1, 2, 3)]
+    metrics = trapo.step_metrics(tiny_policy(), rollouts, 0.0, 1.0, Counter(began=0), settings())
+    assert metrics["reward_unguided"] == 0
 
 def tiny_run(base, out, *flags):
     """The command line of a run of about a second."""
@@ -992,31 +942,30 @@ def uniforms():
     return torch.rand(len(RAGGED), max(LIMITS), dtype=torch.float64,
                       generator=torch.Generator().manual_seed(0))
 
-@pytest.mark.parametrize("room", [128, 2])
-def test_greedy_sampling_equals_generate(policy, room, monkeypatch):
-    """Temperature 0: the tokens of model.generate, request by request, whatever the padding.
+@pytest.mark.parametrize("temperature, room", [(0.0, 128), (0.0, 2), (1.0, 3), (0.6, 128)])
+def test_the_samplers_log_probs_are_those_of_full_forwards(policy, temperature, room, monkeypatch):
+    """Of what was drawn, under softmax(logits / temperature); greedy reports softmax(logits), and
+    draws what model.generate does. Any EOS id ends a row, as its last token; or the limit does.
 
-    Rows finish at different times, and with room for 2 tokens the batch is moved often.
+    Rows finish at different times, and with little room the batch is moved often.
     """
     monkeypatch.setattr(trapo, "ROOM", room)
-    clean = copy.deepcopy(policy)
-    clean.generation_config = transformers.GenerationConfig(eos_token_id=EOS, pad_token_id=0)
-    expected = [clean.generate(torch.tensor([r]), attention_mask=torch.ones(1, len(r)),
-                               do_sample=False, max_new_tokens=n)[0, len(r):].tolist() if n else []
-                for r, n in zip(RAGGED, LIMITS)]
-    assert sample(policy, RAGGED, LIMITS, 0.0)[0] == expected
-    assert any(c[-1:] in ([1], [2]) for c in expected) and any(len(c) == 12 for c in expected)
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
-def test_the_samplers_log_probs_are_those_of_full_forwards(policy, temperature, monkeypatch):
-    """Of what was drawn, under softmax(logits / temperature); greedy reports softmax(logits)."""
-    monkeypatch.setattr(trapo, "ROOM", 3)
     torch.manual_seed(1)
     completions, logprobs = sample(policy, RAGGED, LIMITS, temperature)
-    for request, completion, found in zip(RAGGED, completions, logprobs):
+    for request, limit, completion, found in zip(RAGGED, LIMITS, completions, logprobs):
         expected = naive(policy, request + completion, len(request), temperature or 1.0)
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected.detach(),
                                    rtol=0, atol=1e-9)
+        assert len(completion) == limit or completion[-1] in EOS and len(completion) < limit
+        assert not set(completion[:-1]) & set(EOS)
+    assert {1, 2} & {c[-1] for c in completions if c} and 12 in map(len, completions)
+    clean = copy.deepcopy(policy)
+    clean.generation_config = transformers.GenerationConfig(eos_token_id=EOS, pad_token_id=0)
+    for request, limit, completion in zip(RAGGED, LIMITS, completions):
+        if limit and temperature == 0:
+            assert clean.generate(torch.tensor([request]), do_sample=False, max_new_tokens=limit,
+                                  attention_mask=torch.ones(1, len(request)))[0].tolist() == [
+                *request, *completion]
 
 def test_samples_come_from_the_exact_policy():
     """Frequencies of all completions against their probabilities: no top-k, top-p, or penalty.
@@ -1036,18 +985,6 @@ def test_samples_come_from_the_exact_policy():
             expected = n * logp.exp().item()
             chi_square += (counts[completion] - expected) ** 2 / expected
         assert chi_square < 25 + 5 * math.sqrt(50)
-
-def test_any_eos_id_ends_a_row_and_limits_hold(policy):
-    """The EOS is part of the completion, and its last token; else the limit is reached exactly."""
-    torch.manual_seed(0)
-    completions, logprobs = sample(policy, RAGGED * 8, LIMITS * 8)
-    endings = Counter()
-    for completion, values, limit in zip(completions, logprobs, LIMITS * 8):
-        assert len(values) == len(completion) <= limit
-        assert not set(completion[:-1]) & set(EOS)
-        assert len(completion) == limit or completion[-1] in EOS
-        endings[completion[-1] if completion and completion[-1] in EOS else "limit"] += 1
-    assert len(endings) == 3 and min(endings.values()) > 2  # both EOS ids and the limit occur
 
 def test_what_a_request_draws_depends_on_its_random_numbers_alone(policy, uniforms, monkeypatch):
     """Whatever --kv-tokens splits, however often the batch moves, and wherever a request stands.
@@ -1145,15 +1082,13 @@ def tokenizer():
     qwen = transformers.Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         setattr(bpe, part, getattr(qwen, part))
-    bpe.train_from_iterator(
-        [f"{trapo.INSTRUCTION} user assistant"] * 20 + [" ".join(r.values()) for r in PLAIN_ROWS],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHATML
-    return fast
+    texts = [" ".join(row.values()) for row in PLAIN_ROWS] + [trapo.INSTRUCTION + " user"] * 20
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=CHATML)
 
 @pytest.fixture(scope="module")
 def stand_in(tokenizer, tmp_path_factory):
@@ -1164,69 +1099,64 @@ def stand_in(tokenizer, tmp_path_factory):
         vocab_size=512, hidden_size=56, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
         initializer_range=0.1, max_position_embeddings=1024))
-    im_end, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=20, top_p=0.8, temperature=0.7, repetition_penalty=1.1,
-        eos_token_id=[im_end, end_of_text], pad_token_id=end_of_text)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    for part in model, tokenizer:
+        part.save_pretrained(folder)
     return str(folder)
 
-def like(folder, **files):
-    """A copy of a model's folder; its JSON files may be changed: a dictionary is merged in."""
+def like(folder, tokenizer=None, **changes):
+    """A copy of a model's folder, perhaps with another tokenizer, of which this is changed."""
     shutil.copytree(folder, "copied")
-    for name, changes in files.items():
-        path = Path("copied", f"{name}.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if tokenizer:
+        tokenizer = copy.deepcopy(tokenizer)
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        tokenizer.save_pretrained("copied")
     return "copied"
 
-def with_tokenizer(folder, tokenizer, **changes):
-    """A copy of a model's folder with another tokenizer."""
-    tokenizer = copy.deepcopy(tokenizer)
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-    tokenizer.save_pretrained(like(folder))
-    return "copied"
+def put(path, content, result=None):
+    """A file with this text, or this dictionary merged into its JSON; returns the result."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return result
 
 def test_loaded_policies_have_fp32_master_weights_and_no_dropout(stand_in):
     """At a learning rate of 5e-6, updates of bf16 weights would round to nothing."""
-    model = like(stand_in, config={"attention_dropout": 0.5})
     transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16).save_pretrained(model)
-    policy, _ = load_policy(model)
-    assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    policy.train()
+        put(like(stand_in) + "/config.json", {"attention_dropout": 0.5}, "copied"),
+        dtype=torch.bfloat16).save_pretrained("copied")
+    policy, _ = load_policy("copied")
+    assert {p.dtype for p in policy.train().parameters()} == {torch.float32}
     (first,), (second,) = (token_logprobs(policy, [[3, 4, 5, 6]], [1])[0] for _ in range(2))
     assert torch.equal(first, second)
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
-def test_what_the_chat_template_prints_after_an_answer_ends_a_response_too(
+def test_what_the_chat_template_prints_after_an_answer_ends_a_response_and_a_solution(
         stand_in, tokenizer, eos):
     """Qwen's base models stop at <|im_end|>, though their config names <|endoftext|> alone.
 
-    That, not the tokenizer's EOS, closes an expert's solution; and sampling defaults that
-    contradict each other, tolerated at load, do not stop the first checkpoint.
+    Sampling defaults, which may contradict each other, are not kept: none could be saved.
     """
     turn, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    base = with_tokenizer(stand_in, tokenizer, eos_token=eos)
-    Path(base, "generation_config.json").write_text(
-        json.dumps({"eos_token_id": end, "temperature": 0.9, "top_p": 0.6, "do_sample": True}))
-    policy, other = load_policy(base)
+    put(like(stand_in, tokenizer, eos_token=eos) + "/generation_config.json",
+        json.dumps({"eos_token_id": end, "temperature": 0.9, "do_sample": True}))
+    policy, other = load_policy("copied")
     assert set(policy.generation_config.eos_token_id) == {turn, end}
     assert read(other, PLAIN_ROWS[0])[0][1] == [PLAIN_ROWS[0]["solution"] + "<|im_end|>"]
     policy.save_pretrained("saved")
-    saved = json.loads(Path("saved/generation_config.json").read_text())
-    assert saved.keys() >= {"eos_token_id"} and not saved.keys() & {"temperature", "top_p"}
+    assert "temperature" not in Path("saved/generation_config.json").read_text()
 
 def test_a_tokenizer_with_several_named_templates_is_trained_and_saved(stand_in, tokenizer):
     """It saves a folder of them; the final model is one rename, whatever it holds."""
-    model = with_tokenizer(stand_in, tokenizer,
-                           chat_template={"default": CHATML, "tool_use": CHATML + " "})
-    write_rows(PLAIN_ROWS)
-    main(["--model", model, "--dataset", "rows.jsonl", "--method", "sft", "--steps", "1",
-          "--prompts", "1", "--max-prompt", "500", "--max-response", "500", "--device", "cpu"])
-    _, saved = load_policy("runs/copied-sft-seed0")
-    assert saved.chat_template == {"default": CHATML, "tool_use": CHATML + " "}
+    named = {"default": CHATML, "tool_use": CHATML + " "}
+    main([*model(like(stand_in, tokenizer, chat_template=named)), "--method", "sft", "--steps", "1",
+          "--prompts", "1"])
+    assert load_policy("runs/copied-sft-seed0")[1].chat_template == named
 
 # ==== Part 7. Data and reward
 
@@ -1250,7 +1180,7 @@ def math_reward(response, answer):
     ("\\boxed{8.7 \\times 10^{8}}", "8.7e8", 1.0), ("\\boxed{2e}", "2e", 1.0),  # e: ten, or Euler's
     ("\\boxed{2e-27}", "1e-27", 0.0), ("Put it in \\boxed{}. So \\boxed{5}", "5", 1.0),
     ("\\boxed{4} \\boxed{5} \\boxed{6}", "5", 0.0), ("5 or \\boxed{6}", "5", 0.0),
-    ("\\boxed{proof}", "proof", 0.0)])
+    ("\\boxed{4}, no, it is \\boxed{5}", "5", 1.0), ("\\boxed{proof}", "proof", 0.0)])
 def test_math_reward_is_one_for_an_equal_answer_and_never_raises(response, answer, reward):
     """Math-Verify's verdict on fractions, tuples, powers of ten, boxes, nonsense, broken LaTeX."""
     assert math_reward(response, answer) == reward
@@ -1264,18 +1194,15 @@ def openr1(problem, text, answer):
     return {"prompt": [{"role": "system", "content": "Your task is to think."},
                        {"role": "user", "content": problem}],
             "target": [{"role": "assistant", "content": text}],
-            "reward_model": {"ground_truth": answer, "style": "rule"},
-            "data_source": "openr1", "ability": "math", "extra_info": {"index": 1}}
+            "reward_model": {"ground_truth": answer, "style": "rule"}, "data_source": "openr1"}
 
 @pytest.mark.parametrize("row, solutions, answer", [
     (GSM8K_ROWS[0], ["She has 2*536 = 1072.\n\\boxed{1072}"], "1072"),  # no calculator marks
     (openr1("How many?", "<think>\nHm, 7? Yes.\n</think>\nSo \\boxed{7}.", "7"),  # all one text
      ["Hm, 7? Yes.\nSo \\boxed{7}."], "7"),
     ({"problem": "How many?", "answer": 4.5}, [], "4.5"),
-    ({"problem": "How many?", "answer": 2e-05}, [], "0.00002"),
-    ({"problem": "How many?", "answer": "4", "solution": None}, [], "4"),
+    ({"problem": "How many?", "answer": 2e-05, "solution": None}, [], "0.00002"),
     ({"problem": "How many?", "answer": "4", "solution": ""}, [], "4"),
-    ({"problem": "How many?", "answer": "4", "solution": "S"}, ["S"], "4"),
     ({"question": "How many?", "answer": "4", "solution": ["S", "", "T"]}, ["S", "T"], "4")])
 def test_rows_of_gsm8k_of_openr1_and_plain_ones_become_problems(tokenizer, row, solutions, answer):
     """With one solution, several or none, which is never guided; the turn's end closes each."""
@@ -1284,21 +1211,18 @@ def test_rows_of_gsm8k_of_openr1_and_plain_ones_become_problems(tokenizer, row, 
     assert found == [text + "<|im_end|>" for text in solutions] and right == answer
 
 def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
-    """With the usual instruction, and the assistant's turn opened. What looks like a special token
-    in a problem is text; and a plain prompt begins with the BOS that the tokenizer adds, as Llama's
-    do, but an EOS behind it, which some add, is taken off."""
-    ((chat, _, _),) = read(tokenizer, PLAIN_ROWS[0])
+    """With the usual instruction, and the assistant's turn opened. A special token in a problem is
+    text. A plain prompt begins with the BOS that the tokenizer adds; an EOS behind it goes."""
     asked = PLAIN_ROWS[0]["problem"] + "\n" + trapo.INSTRUCTION
+    ((chat, _, _),) = read(tokenizer, PLAIN_ROWS[0])
     assert chat == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     assert "reason step by step" in asked and "\\boxed{}" in asked
-    ids = trapo.prompt_tokens("What ends <|im_end|> here?", tokenizer)
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
-
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert trapo.prompt_tokens("What ends <|im_end|> here?", tokenizer).count(end) == 1
     bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bare.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[
-            (token, tokenizer.convert_tokens_to_ids(token))
-            for token in ("<|im_start|>", "<|im_end|>")])
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[("<|im_start|>", start), ("<|im_end|>", end)])
     bare = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bare, eos_token="<|im_end|>", bos_token="<|im_start|>")
     ((plain, solutions, _),) = read(bare, PLAIN_ROWS[0])
@@ -1307,15 +1231,14 @@ def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
 
 def test_a_template_may_print_the_date_or_open_the_thoughts(tokenizer):
     """The date is always the same, or no run could be resumed; a <think> is closed in the text."""
-    dated, thinking = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-    dated.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
-    assert read(dated, PLAIN_ROWS[0])[0][0].startswith("01 Jan 2026 <|im_start|>user")
-    thinking.chat_template = CHATML.replace("assistant\\n", "assistant\\n<think>\\n").replace(
-        "assistant\n", "assistant\n<think>\n")
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    assert read(other, PLAIN_ROWS[0])[0][0].startswith("01 Jan 2026 <|im_start|>user")
+    other.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n")
     for text, expected in (("<think>\nHm.\n</think>\nSo", "Hm.\n</think>\nSo"),
                            ("So", "</think>\n\nSo")):
-        (_, (solution,), _), = read(thinking, PLAIN_ROWS[0] | {"solution": text})
-        assert solution == expected + "<|im_end|>"
+        ((_, solutions, _),) = read(other, PLAIN_ROWS[0] | {"solution": text})
+        assert solutions == [expected + "<|im_end|>"]
 
 @pytest.mark.parametrize("changes", [
     {"answer": ""}, {"answer": None}, {"problem": ""}, {"problem": None},
@@ -1323,82 +1246,64 @@ def test_a_template_may_print_the_date_or_open_the_thoughts(tokenizer):
 def test_rows_that_cannot_be_used_are_dropped_and_counted_in_one_line(changes, tokenizer, capsys):
     """Nothing there, or too long: the other rows are kept."""
     row = PLAIN_ROWS[0]
-    assert len(read(tokenizer, row, row | changes, {"problem": "P", "answer": 4.5},
+    assert len(read(tokenizer, row, row | changes, row | {"solution": None},
                     row | {"solution": ["long " * 300, "S"]}, max_response=200)) == 3
-    (line,) = capsys.readouterr().out.splitlines()
-    kept, dropped = line.split("dropped")
-    assert "3 problems, 2 with solutions" in kept
-    assert sum(map(int, re.findall(r"\d+", dropped))) == 1
+    (kept, dropped), = (x.split("dropped") for x in capsys.readouterr().out.splitlines())
+    assert "3 problems, 2 with solutions" in kept and re.findall(r"\d+", dropped) == ["1"]
 
 def test_lengths_of_exactly_the_limit_are_kept(tokenizer):
     """A prompt of max_prompt tokens, a solution of max_response with its EOS; one more is out."""
-    row = PLAIN_ROWS[0]
-    ((prompt, (solution,), _),) = read(tokenizer, row)
+    ((prompt, (solution,), _),) = read(tokenizer, PLAIN_ROWS[0])
     limits = {"max_prompt": len(tokenizer(prompt).input_ids),
               "max_response": len(tokenizer(solution).input_ids)}
-    assert len(read(tokenizer, row, **limits)) == 1
+    assert len(read(tokenizer, PLAIN_ROWS[0], **limits)) == 1
     for name in limits:
         with pytest.raises(InputError, match="1 (prompt|solution) too long"):
-            read(tokenizer, row, **{**limits, name: limits[name] - 1})
+            read(tokenizer, PLAIN_ROWS[0], **{**limits, name: limits[name] - 1})
 
 def test_rows_are_read_as_they_were_written():
     """Numbers in JSON keep their digits; parquet keeps lists, and null is null. A file's name is no
     pattern, and a file that is rewritten, in the same second even, is read again."""
     text = '{"answer": 0.10}\n\n{"problem": "P\u2028", "answer": 12345678901234567890}\n'
-    for name in ("rows[12].jsonl", "rows.json", "rows"):
-        array = "[" + ",".join(filter(None, text.split("\n"))) + "]"
-        Path(name).write_text(array if name.endswith("json") else text)
+    put("rows.json", "[" + text.strip().replace("\n\n", ",") + "]")
+    for name in ("rows.json", put("rows[12].jsonl", text, "rows[12].jsonl")):
         assert [row["answer"] for row in load_rows(name)] == ["0.10", "12345678901234567890"]
+    os.utime(put(name, text.replace("0.10", "0.20"), name), ns=(os.stat(name).st_mtime_ns,) * 2)
+    assert load_rows(name)[0]["answer"] == "0.20"
     rows = [{"answer": "1", "solution": ["S", "T"]}, {"answer": None, "solution": []}]
     pandas.DataFrame(rows).to_parquet("rows.parquet")
     assert load_rows("rows.parquet") == rows
-    stamp = os.stat("rows").st_mtime_ns
-    Path("rows").write_text(text.replace("0.10", "0.20"))
-    os.utime("rows", ns=(stamp, stamp))
-    assert load_rows("rows")[0]["answer"] == "0.20"
-
-def task_of(tokenizer, rows, *flags):
-    """make_task on a file of these rows."""
-    return make_task(tokenizer, settings("--dataset", write_rows(rows), *flags))
 
 def test_the_last_rows_are_held_out_a_tenth_at_most_or_those_of_another_file(tokenizer):
     """Held-out problems need no solution and are not trained on, though a file holds them twice."""
-    def answers(problems):
-        return [p.answer for p in problems]
+    def split(rows, *flags):
+        task = make_task(tokenizer, settings("--dataset", write_rows(rows), *flags))
+        return task, [p.answer for p in task.train], [p.answer for p in task.heldout]
 
-    known = answers(task_of(tokenizer, PLAIN_ROWS, "--eval-size", "0").train)
-    task = task_of(tokenizer, PLAIN_ROWS, "--eval-size", "2")
-    assert answers(task.train + task.heldout) == known == [r["answer"] for r in PLAIN_ROWS]
-    assert len(task.heldout) == 2 and not task.heldout[0].solutions
+    known = [row["answer"] for row in PLAIN_ROWS]
+    task, *answers = split(PLAIN_ROWS, "--eval-size", "2")
+    assert answers == [known[:-2], known[-2:]] and not task.heldout[0].solutions
     assert task.reward(task.heldout[0], task.train[0].solutions[0]) == 0.0
     assert all(task.reward(p, p.solutions[0]) == 1.0 for p in task.train)  # EOS does not disturb it
-    task = task_of(tokenizer, [*PLAIN_ROWS[:11], *PLAIN_ROWS[-1:] * 9])
-    assert answers(task.train) == known[:11] and len(task.heldout) == 2
-    assert not task_of(tokenizer, PLAIN_ROWS[:9]).heldout
-    write_rows(PLAIN_ROWS[:5], "test.jsonl")
-    task = task_of(tokenizer, PLAIN_ROWS[3:], "--test", "test.jsonl", "--eval-size", "4")
-    assert answers(task.heldout) == known[1:5] and answers(task.train) == known[5:]
+    assert split(PLAIN_ROWS[:11] + PLAIN_ROWS[-1:] * 9)[1:] == (known[:11], known[-1:] * 2)
+    assert split(PLAIN_ROWS[:9])[1:] == (known[:9], [])
+    test = write_rows(PLAIN_ROWS[:5], "test.jsonl")
+    assert split(PLAIN_ROWS[3:], "--test", test, "--eval-size", "4")[1:] == (known[5:], known[1:5])
 
-def openr1_rows():
-    text = "<think>\n{solution}\n</think>\nSo it is."
-    return [openr1(row["problem"], text.format(**row), row["answer"]) for row in PLAIN_ROWS]
-
-def real_gsm8k_rows():
-    """The shortest of GSM8K."""
-    path = HERE.parent / "shared" / "data" / "gsm8k_train.jsonl"
+def real_rows(name):
+    """The shortest rows of GSM8K, or rows as in OpenR1."""
+    if name == "openr1":
+        return [openr1(row["problem"], f"<think>\n{row['solution']}\n</think>\nSo.", row["answer"])
+                for row in PLAIN_ROWS]
+    path = DATA / "gsm8k_train.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not there")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return sorted(rows, key=lambda row: len(row["answer"]))[:24]
+    return sorted(load_rows(str(path)), key=lambda row: len(row["answer"]))[:24]
 
-@pytest.mark.parametrize("make_rows", [lambda: GSM8K_ROWS, real_gsm8k_rows, openr1_rows])
-def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(
-        make_rows, stand_in, monkeypatch):
-    """From a chat model's folder and real rows to a folder of the trained weights, bit for bit."""
-    pandas.DataFrame(make_rows()).to_parquet("rows.parquet")
-    trained = []
-    monkeypatch.setattr(trapo, "load_policy",
-                        lambda name: trained.append(load_policy(name)) or trained[-1])
+@pytest.mark.parametrize("name", ["gsm8k", "openr1"])
+def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(name, stand_in):
+    """From a chat model's folder and real rows to a folder of the trained weights."""
+    pandas.DataFrame(real_rows(name)).to_parquet("rows.parquet")
     main(["--model", stand_in, "--dataset", "rows.parquet", "--out", "run", "--steps", "2",
           "--prompts", "2", "--max-prompt", "900", "--max-response", "70", "--eval-size", "1",
           "--lr", "1e-3", "--device", "cpu"])
@@ -1407,11 +1312,11 @@ def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(
     assert all(line["tokens_trained"] > 0 and line["logprob_gap"] < 1e-4 for line in steps)
     assert steps[0]["reward_guided"] >= 0.25  # the experts' whole solutions verify
     assert not logging.getLogger("math_verify").isEnabledFor(logging.ERROR)  # it has much to say
-    ((policy, _),), ids = trained, torch.arange(1, 40)[None]
-    again = transformers.AutoModelForCausalLM.from_pretrained("run/model").eval()
-    origin = transformers.AutoModelForCausalLM.from_pretrained(stand_in).eval()
+    again, origin = map(transformers.AutoModelForCausalLM.from_pretrained, ("run/model", stand_in))
+    policy, _ = load_policy("run/checkpoint-2")
+    ids = torch.arange(1, 40)[None]
     with torch.no_grad():
-        logits = policy.eval()(ids).logits
+        logits = policy(ids).logits
         assert torch.equal(again(ids).logits, logits)
         assert not torch.allclose(origin(ids).logits, logits, atol=1e-3)
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()  # tied
@@ -1424,14 +1329,12 @@ def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(
 
 def test_the_samplers_copy_is_in_bf16_and_the_master_weights_are_not(stand_in, monkeypatch):
     """Cast parameter by parameter, tied ones stay tied; RoPE's buffers stay fp32."""
-    def whole_copy(*_):
-        pytest.fail("a second fp32 model was made")
-    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", whole_copy)
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__",
+                        lambda *_: pytest.fail("a second fp32 model was made"))
     policy, _ = load_policy(stand_in)
     sampler = trapo.make_sampler(policy, settings("--bf16"))
     assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert {b.dtype for b in sampler.buffers()} == {torch.float32}
+    assert {p.dtype for p in (*policy.parameters(), *sampler.buffers())} == {torch.float32}
     assert sampler.lm_head.weight is sampler.model.embed_tokens.weight
     assert not any(p.requires_grad for p in sampler.parameters())
     assert trapo.make_sampler(policy, settings("--no-bf16")) is policy
@@ -1458,22 +1361,17 @@ def test_with_bf16_the_update_computes_in_it_and_collects_gradients_in_fp32(base
 def test_held_out_draws_do_not_depend_on_the_number_of_processes(base, monkeypatch):
     """Every problem has its own random numbers, whichever process draws for it."""
     policy, _ = load_policy(base)
-    args, drawn = settings("--max-response", "8"), {}
-
-    def reward(problem, response):
-        drawn[tuple(problem.prompt_ids)] = response
-        return float(len(response) % 2)
-    task = Task([], [Problem([i, 3], [], "") for i in range(3, 30)], reward)
     monkeypatch.setattr(trapo, "gather", lambda value: [value])
-    share, alone = trapo.evaluate(policy, task, args, greedy=False), drawn.copy()
-    assert share == {"held out": statistics.fmean(len(x) % 2 for x in alone.values())}
-    assert len(set(map(tuple, alone.values()))) > 20  # of 27
-    drawn.clear()
-    monkeypatch.setattr(trapo, "WORLD", 3)
-    for rank in range(3):
+    drawn = {1: {}, 3: {}}
+    for world, rank in ((1, 0), (3, 0), (3, 1), (3, 2)):
+        task = Task([], [Problem([i, 3], [], "") for i in range(3, 30)], lambda p, response: drawn[
+            world].update({p.prompt_ids[0]: response}) or len(response) % 2)
+        monkeypatch.setattr(trapo, "WORLD", world)
         monkeypatch.setattr(trapo, "RANK", rank)
-        trapo.evaluate(policy, task, args, greedy=False)
-    assert drawn == alone
+        share = trapo.evaluate(policy, task, settings("--max-response", "8"), greedy=False)
+        if world == 1:
+            assert share["held out"] == statistics.fmean(len(x) % 2 for x in drawn[1].values())
+    assert drawn[3] == drawn[1] and len(set(map(tuple, drawn[1].values()))) > 20  # of 27
 
 TWO_PROCESSES = """
 import json, os, sys
@@ -1483,13 +1381,14 @@ import eval, trapo
 start, dist.destroy_process_group = dist.init_process_group, lambda: None  # once for all of them
 dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
 end, os._exit = os._exit, lambda code: end(code) if code else None
-for name, argv in json.loads(sys.argv[2]):
-    {"trapo": trapo, "eval": eval}[name].main(argv)
+*runs, last = json.loads(sys.argv[2])
+for program, argv in runs:
+    {"trapo": trapo, "eval": eval}[program].main(argv)
 def fail(*_):
     raise RuntimeError("the second process is out of luck")
 if trapo.RANK == 1:
     trapo.accumulate_gradients = fail
-trapo.main(json.loads(sys.argv[3]))
+trapo.main(last)
 """
 
 @pytest.fixture(scope="module")
@@ -1506,17 +1405,19 @@ def two(base, stand_in, tmp_path_factory):
     write_rows(PLAIN_ROWS[:5], folder / "few.jsonl")
     runs = [("trapo", ["--resume", "--out", "run", "--steps", "4"]),
             ("trapo", tiny_run(base, "few", "--prompts", "1", "--eval-size", "3")),
-            ("eval", ["model", stand_in, *FEW, "--out", "samples"])]
-    (folder / "both.py").write_text(TWO_PROCESSES)
+            ("eval", ["model", stand_in, *FEW, "--out", "samples"]), tiny_run(base, "failed")]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "both.py", str(HERE), json.dumps(runs), json.dumps(tiny_run(base, "failed", *flags))],
+         put(folder / "both.py", TWO_PROCESSES, "both.py"), str(HERE), json.dumps(runs)],
         capture_output=True, text=True, timeout=240, cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     return folder, done
 
 def test_two_processes_do_the_work_of_one(two):
-    """Losses, norms, counts and weights; and a process may have no prompt."""
+    """Losses, norms, counts and weights; a process may have no prompt; an error in one ends both.
+
+    With its traceback, and at once: destroy_process_group would wait for the other, up to a day.
+    """
     folder, done = two
     assert [line["step"] for line in metrics_of(folder / "run")][-2:] == [3, 4], done.stderr
     main(["--resume", "--out", str(folder / "run"), "--steps", "6"])
@@ -1525,12 +1426,8 @@ def test_two_processes_do_the_work_of_one(two):
     assert last["step"] == 2
     assert last["logprob_gap"] is None or last["logprob_gap"] < 1e-5  # the copy is kept fresh
     load_policy(str(folder / "few"))
-
-def test_an_error_in_one_process_ends_both_at_once(two):
-    """With its traceback; destroy_process_group would wait for the other, for up to a day."""
-    folder, done = two
     assert done.returncode != 0 and "the second process is out of luck" in done.stderr
-    assert [line["step"] for line in metrics_of(folder / "failed")] in ([], [0])
+    assert not [line for line in metrics_of(folder / "failed") if line["step"]]
 
 # ==== Part 8. Checkpoints, kills, signals
 
@@ -1541,7 +1438,8 @@ processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "m
 def at_call(place, call, action, patch):
     """Let the given call, from 1, of a "module function" do something before it does its work."""
     module, name = place.split()
-    module = {"trapo": trapo, "torch": torch, "os": os, "shutil": trapo.shutil}[module]
+    module = {"trapo": trapo, "evaluation": evaluation, "torch": torch, "os": os,
+              "shutil": shutil}[module]
     function, calls = getattr(module, name), iter(range(1, 10 ** 9))
 
     def replaced(*args, **kwargs):
@@ -1549,6 +1447,12 @@ def at_call(place, call, action, patch):
             action()
         return function(*args, **kwargs)
     patch.setattr(module, name, replaced)
+
+def raising(error):
+    """A function that raises this."""
+    def fail(*_, **__):
+        raise error
+    return fail
 
 def die_at(place, call, argv):
     """Run main(argv), but kill -9 this very process before the given call of a function."""
@@ -1564,25 +1468,24 @@ def whole(base, tmp_path_factory):
     main(tiny_run(base, folder, *LONGER))
     return folder
 
-def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(base, whole):
+def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(whole):
     """Each model's folder is whole, nothing unfinished stays; and all settings are remembered."""
-    assert sorted(path.name for path in whole.iterdir()) == [
+    assert {path.name for path in whole.iterdir()} == {
         "checkpoint-2", "checkpoint-4", "defaults.json", "metrics.jsonl", "model",
-        "rollouts.jsonl", "settings.json", "tokenizer"]
-    for folder in ("model", "checkpoint-2", "checkpoint-4"):
-        transformers.AutoModelForCausalLM.from_pretrained(whole / folder)
-        transformers.AutoTokenizer.from_pretrained(whole / folder)
+        "rollouts.jsonl", "settings.json", "tokenizer"}
+    for folder in (whole / "model", whole / "checkpoint-2", whole / "checkpoint-4"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(folder)
     assert weights(whole) == weights(whole / "checkpoint-4") != weights(whole / "checkpoint-2")
-    assert [line["step"] for line in metrics_of(whole)] == [0, 1, 2, 3, 4]
-    assert [list(line.get("eval", {})) for line in metrics_of(whole)] == [
-        ["held out", "held out, greedy"], [], ["held out"], [], ["held out", "held out, greedy"]]
-    first = (whole / "settings.json").read_text()
-    assert set(json.loads(first)) == {f.name for f in fields(Settings)}
+    both = ["held out", "held out, greedy"]
+    assert [(line["step"], list(line.get("eval", {}))) for line in metrics_of(whole)] == [
+        (0, both), (1, []), (2, both[:1]), (3, []), (4, both)]
     shutil.copytree(whole, "moved")  # a run goes on where it is, not in the folder it names
     main("--resume --out moved --steps 5".split())
-    assert json.loads(Path("moved/settings.json").read_text()) == json.loads(first) | {
-        "steps": 5, "resume": True, "out": "moved"}
-    assert checkpoints(Path("moved"))[0].name == "checkpoint-4" and not Path("moved/.old").exists()
+    before, after = (json.loads(Path(run, "settings.json").read_text()) for run in (whole, "moved"))
+    assert after == before | {"steps": 5, "resume": True, "out": "moved"}
+    assert set(before) == {f.name for f in fields(Settings)}
+    assert [path.name for path in checkpoints(Path("moved"))] == ["checkpoint-4", "checkpoint-5"]
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, whole):
     """kill -9 amid rollouts, the update, the log and the writing of checkpoints: nothing is lost.
@@ -1606,14 +1509,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, 
     main(tiny_run(base, "run", *LONGER, "--resume"))
     assert_same("run", whole)
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_longer_run_replaces_the_model_or_loses_none(base, whole, call, monkeypatch):
+@pytest.mark.parametrize("call", [6, 7])
+def test_a_longer_run_replaces_the_model_or_loses_none(base, whole, call):
     """Stopped before the old model is moved aside, or before the new one takes its place."""
-    def stop():
-        raise KeyboardInterrupt
     main(tiny_run(base, "run", *LONGER, "--steps", "3"))
-    at_call("os replace", 5 + call, stop, monkeypatch)
-    with pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        at_call("os replace", call, raising(KeyboardInterrupt), patch)
         main(["--resume", "--out", "run", "--steps", "4"])
     main(["--resume", "--out", "run"])
     assert weights("run") == weights(whole) and not list(Path("run").glob(".*"))
@@ -1625,11 +1526,10 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save_it(
         base, whole, place, call, number, monkeypatch, capsys):
     """Exit code 130 and a command that goes on from there."""
     at_call(place, call, lambda: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="130"):
         main(tiny_run(base, "run", *LONGER))
     last = metrics_of("run")[-1]["step"]
-    assert stop.value.code == 130 and 0 < last < 4
-    assert checkpoints(Path("run"))[-1].name == f"checkpoint-{last}"
+    assert 0 < last < 4 and checkpoints(Path("run"))[-1].name == f"checkpoint-{last}"
     (command,) = re.findall("python trapo.py (--resume.*)", capsys.readouterr().err)
     main(command.split())
     assert_same("run", whole)
@@ -1637,31 +1537,25 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save_it(
 def test_a_second_ctrl_c_ends_the_program_at_once(base, monkeypatch, capsys):
     """Exit code 130, nothing saved; and Ctrl-C is what it was before."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupted(*_):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(trapo, "train_step", interrupted)
-    with pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr(trapo, "train_step",
+                        lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(SystemExit, match="130"):
         main(tiny_run(base, "run"))
-    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
-    assert not checkpoints(Path("run"))
+    assert "interrupted" in capsys.readouterr().err and not checkpoints(Path("run"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 @pytest.mark.parametrize("error, advice", [
     (OSError(28, "No space left on device"), True), (OSError(5, "Input/output error"), False),
     (safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True)])
-def test_a_full_disk_is_one_line_and_loses_nothing(base, error, advice, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_loses_nothing(base, error, advice, capsys):
     """The checkpoint before stays, --resume goes on from it; no other error advises to free space.
 
     A last line that was torn is cut off, behind an inner brace too.
     """
-    def full():
-        raise error
     flags = ("--steps", "3", "--save-every", "1")
     main(tiny_run(base, "whole", *flags))
     with pytest.MonkeyPatch.context() as patch:
-        at_call("torch save", 2, full, patch)
+        at_call("torch save", 2, raising(error), patch)
         assert ("free space" in refusal(tiny_run(base, "run", *flags), capsys)) == advice
     assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-1"]
     with Path("run/metrics.jsonl").open("a") as log:
@@ -1679,12 +1573,8 @@ def test_two_groups_are_kept_and_one_is_shown_at_each_evaluation(base, capsys):
     for line in kept:
         group = [Rollout(**fields) for fields in line["rollouts"]]
         assert [r.micro_group for r in group] == [0, 0, 0, 0, 1, 1, 2, 3]
-        rewards = [r.reward for r in group]
-        assert [r.advantage for r in group] == pytest.approx(
-            [reward - statistics.mean(rewards) for reward in rewards])
         assert all(len(r.completion) == len(r.sampler_logprobs) for r in group)
         assert all(len(r.logprobs) in (0, len(r.prefix + r.completion)) for r in group)
-    assert not any(line.get("eval") for line in metrics_of("run"))
     output = capsys.readouterr().out
     assert len(re.findall(r"reward [01], A [+-]\d\.\d\d:  ", output)) == 3 * 8
     assert re.findall("step ([0-9]+): ", output) == ["2", "4", "5"]
@@ -1699,85 +1589,62 @@ def test_what_decided_on_help_is_said_in_words(rewards, prefix, length, threshol
              Rollout([5], [7] * prefix, [4], micro_group=1, solution_length=length)]
     assert words in trapo.help_given(group, 1, MicroGroup(1, 0.2, threshold))
 
-def test_a_run_that_learns_nothing_says_so(base, monkeypatch, capsys):
-    """All responses cut off, or no group both right and wrong; once."""
+@pytest.mark.parametrize("limit, words", [
+    ("1", "cut off at --max-response 1"), ("12", "No group had both")])
+def test_a_run_that_learns_nothing_says_so_once(base, limit, words, monkeypatch, capsys):
     monkeypatch.setattr(trapo, "grade", lambda *_: (0.0, ""))
-    write_rows([{"problem": "a 1 b +1 ?", "answer": "2"}])
-    for limit, words in (("1", "cut off at --max-response 1"), ("12", "No group had both")):
-        main(tiny_run(base, f"run{limit}", "--dataset", "rows.jsonl", "--prompts", "1", "--steps",
-                      "2", "--max-prompt", "12", "--max-response", limit, "--device", "cpu"))
-        assert capsys.readouterr().out.count(words) == 1
+    main(tiny_run(base, "run", "--dataset", write_rows([{"problem": "a 1 b +1 ?", "answer": "2"}]),
+                  "--prompts", "1", "--steps", "2", "--max-prompt", "12", "--max-response", limit))
+    assert capsys.readouterr().out.count(words) == 1
 
 # ==== Part 10. The command line
 
 def refusal(argv, capsys, program=main):
     """main's one line on stderr for a command line that cannot be run."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        program(argv.split() if isinstance(argv, str) else argv)
-    lines = [line for line in capsys.readouterr().err.split("\n") if line and "it/s" not in line]
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
-
-def files():
-    """What lies in this folder."""
-    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        program(argv)
+    (line,) = [x for x in capsys.readouterr().err.split("\n") if x and "it/s" not in x]
+    assert line.startswith("error: ")
+    return line
 
 def rows(at, content, *flags):
     """The command line of a run of the stand-in on a file of these bytes, or rows."""
     if not isinstance(content, bytes):
         content = "\n".join(map(json.dumps, content)).encode()
-    Path("rows.jsonl").write_bytes(content)
-    return ["--model", at.stand_in, "--dataset", "rows.jsonl", "--max-prompt", "500",
-            "--max-response", "500", "--device", "cpu", *flags]
+    return [*model(at.stand_in), "--dataset", put("found.jsonl", content, "found.jsonl"), *flags]
 
 def model(folder):
     """The command line of a run of this model."""
     return ["--model", folder, "--dataset", write_rows(PLAIN_ROWS), "--device", "cpu",
             "--max-prompt", "500", "--max-response", "500"]
 
-def put(path, content, result=None):
-    """A file with this text; returns the result."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(content)
-    return result
-
 def other(at, file, content):
     """The command line of a run of the stand-in, one of whose files has another content."""
     return put(like(at.stand_in) + "/" + file, content, model("copied"))
 
 def state(at, change):
-    """The stand-in with other weights, by a function of their dictionary."""
+    """The stand-in with other weights: each by a function of its name and itself, if not None."""
     found = safetensors.torch.load_file(Path(like(at.stand_in), "model.safetensors"))
-    safetensors.torch.save_file(change(found), "copied/model.safetensors", {"format": "pt"})
+    found = {name: x for name in found if (x := change(name, found[name])) is not None}
+    safetensors.torch.save_file(found, "copied/model.safetensors", {"format": "pt"})
     return model("copied")
 
-def scaled(at, name, **changes):
-    """A model whose log-probs token_logprobs or sample would get wrong."""
-    config = transformers.AutoConfig.for_model(
-        name, vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, pad_token_id=0,
-        eos_token_id=2, bos_token_id=None, **changes)
+def built(at, name, tokenizer=None, **changes):
+    """A small random model of another kind."""
+    config = transformers.AutoConfig.for_model(name, **dict(
+        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, pad_token_id=0,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, eos_token_id=2,
+        bos_token_id=None) | changes)
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("scaled")
-    at.tokenizer.save_pretrained("scaled")
-    return model("scaled")
-
-def biased(at):
-    """A model with biases, saved as a class that has none."""
-    save_model("biased")
-    path = Path("biased/config.json")
-    path.write_text(path.read_text().replace('"attention_bias": true', '"attention_bias": false'))
-    return model("biased")
+    for part in transformers.AutoModelForCausalLM.from_config(config), tokenizer or at.tokenizer:
+        part.save_pretrained("built")
+    return model("built")
 
 def without_eos(at):
-    """Not with a config of Qwen2, for which transformers would supply an EOS."""
     words = clock.make_tokenizer()
     words.eos_token = words.chat_template = None
-    for part in clock.make_model(0), words:
-        part.save_pretrained("endless")
-    return model("endless")
+    return built(at, "llama", words)
 
 def held(at):
     at.enter(trapo.locked(Path("run")))
@@ -1790,11 +1657,7 @@ def without_torchrun(at):
 def resumed(at, name, content, *flags):
     """The command line that resumes a finished run, of which this file was changed."""
     shutil.copytree(at.whole, "run")
-    path = Path("run", name)
-    if isinstance(content, dict):
-        content = json.dumps(json.loads(path.read_text()) | content)
-    path.write_text(content)
-    return ["--resume", "--out", "run", "--steps", "9", *flags]
+    return put(f"run/{name}", content, ["--resume", "--out", "run", "--steps", "9", *flags])
 
 def trainer(at, change):
     """Likewise, with another trainer.pt in the newest checkpoint."""
@@ -1803,10 +1666,6 @@ def trainer(at, change):
     change(found)
     torch.save(found, path)
     return argv
-
-def cut_short(found):
-    for moments in found["optimizer"]["state"].values():
-        moments["exp_avg"] = moments["exp_avg"][:1]
 
 def beside(at, content):
     """The command line of a run from a model beside whose folder stands this defaults.json."""
@@ -1817,20 +1676,16 @@ P = {"problem": "P", "answer": "5"}
 DEEP = b'{"problem": "P", "answer": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
 PARTS = CHATML.replace("{{ m['content'] }}",
                        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
-REFUSED = [  # what is wrong, a function that prepares it and returns the flags, what the line says
+REFUSED = [  # what is wrong, the flags or a function that prepares them, what the line says
+    *((flags, flags, re.escape(flags.split()[-2])) for flags in (
+        "--alpha 2", "--alpha nan", "--ratios 1.5", "--sizes 0", "--sizes 99999",
+        "--thresholds inf", "--thresholds nan", "--steps 0", "--steps two", "--steps 1.5",
+        "--prompts 2000000", "--eval-size -1", "--eval-size 2000000", "--lr 0", "--lr inf",
+        "--temperature 0", "--warmup -1", "--seed -1", "--seed 9999999999999999999",
+        "--method ppo", "--prefix-loss kl", "--device gpu", "--step 3", "--base-steps 9")),
     *((flags, flags, words) for flags, words in (
-        ("--alpha 2", "--alpha"), ("--alpha nan", "--alpha"), ("--ratios 0 .2 .5 1.5", "--ratios"),
-        ("--ratios 0 0.5", "--ratios"), ("--sizes 4 2", "--sizes"), ("--sizes 4 2 1 0", "--sizes"),
-        ("--sizes 99999", "--sizes"), ("--thresholds -1 inf 0.7 0.9", "--thresholds"),
-        ("--thresholds -1 nan 0.7 0.9", "--thresholds"), ("--steps 0", "--steps"),
-        ("--steps two", "--steps"), ("--steps 1.5", "--steps"), ("--prompts 2000000", "--prompts"),
-        ("--eval-size -1", "--eval-size"), ("--eval-size 2000000", "--eval-size"),
-        ("--lr 0", "--lr"), ("--lr inf", "--lr"), ("--temperature 0", "--temperature"),
-        ("--warmup -1", "--warmup"), ("--seed -1", "--seed"),
-        ("--seed 9999999999999999999", "--seed"), ("--method ppo", "--method"),
-        ("--prefix-loss kl", "--prefix-loss"), ("3", "3"),
-        ("--device gpu", "--device"), ("--step 3", "--step"), ("--overwrite", "--overwrite"),
-        ("--base-steps 9", "--base-steps"), ("--dataset nowhere", "nowhere.*gsm8k"),
+        ("--ratios 0 0.5", "--ratios"), ("--sizes 4 2", "--sizes"), ("3", "3"),
+        ("--overwrite", "--overwrite"), ("--dataset nowhere", "nowhere.*gsm8k"),
         ("--test no.jsonl", "no.jsonl"), ("--out runs/checkpoint-3", "--out .*another"),
         ("--resume --out typo", "typo/settings.json"))),
     ("a newline in a name", lambda at: ["--dataset", "no\nfile"], r"no\\nfile"),
@@ -1848,22 +1703,20 @@ REFUSED = [  # what is wrong, a function that prepares it and returns the flags,
     ("torn weights", lambda at: other(at, "model.safetensors", "torn"), "copied"),
     ("a LoRA adapter", lambda at: other(at, "adapter_config.json", "{}"), "adapter.*merge"),
     ("a broken template", lambda at: other(at, "chat_template.jinja", "{% for m in %}"), "copied"),
-    ("a template that wants parts", lambda at: other(at, "chat_template.jinja", PARTS),
-     "template leaves out"),
+    ("a template that wants parts", lambda at: other(at, "chat_template.jinja", PARTS), "template"),
     ("no EOS", without_eos, "no EOS"),
-    ("a missing layer", lambda at: state(at, lambda found: {
-        key: x for key, x in found.items() if "layers.1.mlp.up" not in key}),
+    ("a missing layer", lambda at: state(at, lambda name, x: None if "1.mlp.up" in name else x),
      "missing_keys.*layers.1.mlp.up"),
-    ("biases that the class lacks", biased, "unexpected_keys.*bias"),
-    ("weights of NaN", lambda at: state(at, lambda found: {
-        key: x * math.nan for key, x in found.items()}), "not finite"),
-    ("more ids than embeddings", lambda at: model(with_tokenizer(at.base, at.tokenizer)),
-     "more ids than its embedding"),
-    ("capped logits", lambda at: scaled(at, "gemma2", head_dim=8, final_logit_softcapping=1.0),
+    ("biases that the class lacks", lambda at: put(
+        "built/config.json", {"attention_bias": False}, built(at, "llama", attention_bias=True)),
+     "unexpected_keys.*bias"),
+    ("weights of NaN", lambda at: state(at, lambda name, x: x * math.nan), "not finite"),
+    ("more ids than embeddings", lambda at: model(like(at.base, at.tokenizer)), "more ids than"),
+    ("capped logits", lambda at: built(at, "gemma2", head_dim=8, final_logit_softcapping=1.0),
      "capped|slides"),
-    ("multiplied logits", lambda at: scaled(at, "cohere", logit_scale=0.25), "scaled"),
-    ("divided logits", lambda at: scaled(at, "granite", logits_scaling=4.0), "scaled"),
-    ("attention that slides", lambda at: scaled(at, "mistral", sliding_window=4096), "slides"),
+    ("multiplied logits", lambda at: built(at, "cohere", logit_scale=0.25), "scaled"),
+    ("divided logits", lambda at: built(at, "granite", logits_scaling=4.0), "scaled"),
+    ("attention that slides", lambda at: built(at, "mistral", sliding_window=4096), "slides"),
     ("beyond the model's context", lambda at: rows(at, PLAIN_ROWS, "--max-response", "525"),
      "1025.*1024.*running.md"),
     # ---- rows
@@ -1874,25 +1727,23 @@ REFUSED = [  # what is wrong, a function that prepares it and returns the flags,
     ("rows of null", lambda at: rows(at, b"null\nnull"), "row 1"),
     ("rows that are nested too deep", lambda at: rows(at, DEEP), "line 1"),
     ("no JSON", lambda at: rows(at, b'{"problem": "P"}\n\nno'), "line 3"),
-    ("Latin-1", lambda at: rows(at, '["\u00e9"]'.encode("latin-1")), "rows.jsonl.*utf-8.*UTF-8"),
+    ("Latin-1", lambda at: rows(at, '["\u00e9"]'.encode("latin-1")), "found.jsonl.*utf-8.*UTF-8"),
     ("an empty file", lambda at: rows(at, b""), "no usable row"),
-    ("half a parquet", lambda at: put(
-        "x.parquet", "PAR1", rows(at, [], "--dataset", "x.parquet")), "x.parquet"),
+    ("half a parquet", lambda at: put("x.parquet", "PAR1", rows(at, [], "--dataset", "x.parquet")),
+     "x.parquet"),
     ("empty answers", lambda at: rows(at, [P | {"answer": ""}]), "no usable row.*1 no problem"),
-    ("long prompts", lambda at: rows(at, [P | {"problem": "long " * 999}]), "1 prompt too long"),
     ("nothing left to train on", lambda at: rows(at, [P] * 10), "all problems are held out"),
     ("nothing to imitate", lambda at: rows(at, [P] * 9, "--method", "sft"), "needs solutions"),
-    ("GSM8K without a network", lambda at: rows(at, [], "--dataset", "gsm8k"),
-     "openai/gsm8k.*give"),
+    ("GSM8K without a network", lambda at: rows(at, [], "--dataset", "gsm8k"), "openai/gsm8k"),
     # ---- --resume
     *((f"--resume {flags}", lambda at, flags=flags: resumed(at, "notes", "", *flags.split()),
        f"cannot change {flags.split()[0][2:]} ") for flags in (
            "--alpha 0.2", "--method grpo", "--seed 1", "--prompts 3")),
     *((f"settings.json with {content}", lambda at, content=content: resumed(
-        at, "settings.json", content), f"settings.json.*{word}") for content, word in (
-            ("", ""), ("[1]", ""), ({"wind": 3}, "wind"), ({"alpha": [0.1]}, "alpha"),
-            ({"sizes": 4.5}, "sizes"), ({"seed": True}, "seed"), ({"bf16": "x"}, "bf16"),
-            ({"method": "ppo"}, "ppo"), ({"device": "abacus"}, "abacus"))),
+        at, "settings.json", content), f"settings.json.*{words}") for content, words in (
+            ({"wind": 3}, "wind"), ({"alpha": [0.1]}, "alpha"), ({"sizes": 4.5}, "sizes"),
+            ({"seed": True}, "seed"), ({"bf16": "x"}, "bf16"), ({"method": "ppo"}, "ppo"),
+            ({"device": "abacus"}, "abacus"), ("[1]", ""), ("{", ""))),
     ("other rows than before", lambda at: put(
         "rows.jsonl", '{"problem": "a 1 b +1 ?", "solution": "# 2", "answer": "2"}',
         resumed(at, "settings.json", {"dataset": "rows.jsonl"})), "rows.*not those"),
@@ -1900,78 +1751,81 @@ REFUSED = [  # what is wrong, a function that prepares it and returns the flags,
      "metrics.jsonl.*delete"),
     ("trainer.pt of another step", lambda at: trainer(at, lambda found: found.update(step=3)),
      "trainer.pt.*another"),
-    ("trainer.pt of another model", lambda at: trainer(at, cut_short), "trainer.pt.*another"),
+    ("trainer.pt of another model", lambda at: trainer(at, lambda found: [
+        x.update(exp_avg=x["exp_avg"][:1]) for x in found["optimizer"]["state"].values()]),
+     "trainer.pt.*another"),
     ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
     # ---- defaults.json
     ("defaults.json with alpha", lambda at: beside(at, '{"alpha": 0.5}'), "defaults.json.*alpha"),
     ("defaults.json, torn", lambda at: beside(at, '{"steps":'), "defaults.json"),
-    ("defaults.json of another kind", lambda at: beside(at, '{"steps": [3]}'),
-     "defaults.json.*steps")]
+    ("defaults.json, a list", lambda at: beside(at, '{"steps": [3]}'), "defaults.json.*steps")]
+
+def assert_refused(make, words, at, capsys, program=main):
+    """In one line, and no file is written or deleted."""
+    def files():
+        return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+    with contextlib.ExitStack() as stack:
+        at.enter = stack.enter_context
+        argv = make.split() if isinstance(make, str) else make(at)
+        before = files()
+        line = refusal(argv, capsys, program)
+        assert re.search(words, line) and files() == before, line
 
 @pytest.mark.parametrize("make, words", [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED])
 def test_what_cannot_be_used_is_refused_in_one_line(
         make, words, base, stand_in, tokenizer, whole, monkeypatch, capsys, own_world):
     """Exit code 2, no traceback, no file written or deleted; for bad flags nothing is loaded."""
-    with contextlib.ExitStack() as stack:
-        at = Namespace(base=base, stand_in=stand_in, tokenizer=tokenizer, whole=whole,
-                       setenv=monkeypatch.setenv, enter=stack.enter_context)
-        if isinstance(make, str):
-            monkeypatch.setattr(trapo, "load_policy", lambda *_: pytest.fail("loaded a model"))
-        argv = make.split() if isinstance(make, str) else make(at)
-        before = files()
-        line = refusal(argv, capsys)
-        assert re.search(words, line) and files() == before, line
+    if isinstance(make, str):
+        monkeypatch.setattr(trapo, "load_policy", lambda *_: pytest.fail("loaded a model"))
+    assert_refused(make, words, Namespace(base=base, stand_in=stand_in, tokenizer=tokenizer,
+                                          whole=whole, setenv=monkeypatch.setenv), capsys)
     own_world.clear()  # transformers reports missing layers, too
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there_is_refused_in_one_line(capsys):
-    assert "--device cpu" in refusal("--device cuda", capsys)
+    assert "--device cpu" in refusal(["--device", "cuda"], capsys)
 
 def test_what_a_resumed_run_lacks_in_its_settings_is_named(whole, capsys):
     """And counts as the default."""
     shutil.copytree(whole, "run")
-    kept = json.loads(Path("run/settings.json").read_text())
-    for key in ("lr", "save_every"):
-        del kept[key]
-    Path("run/settings.json").write_text(json.dumps(kept))
+    before = json.loads(Path("run/settings.json").read_text())
+    put("run/settings.json", json.dumps({k: v for k, v in before.items() if k != "save_every"}))
     main(["--resume", "--out", "run", "--steps", "5"])
-    assert "settings.json lacks lr, save_every: the defaults" in capsys.readouterr().out
-    again = json.loads(Path("run/settings.json").read_text())
-    assert again == kept | {"lr": 5e-6, "save_every": 50, "steps": 5, "resume": True, "out": "run"}
+    assert "settings.json lacks save_every: the defaults" in capsys.readouterr().out
+    assert json.loads(Path("run/settings.json").read_text()) == before | {
+        "save_every": 50, "steps": 5, "resume": True, "out": "run"}
 
 def test_a_model_brings_defaults_that_typed_flags_go_over(base):
     """Its folder, or the one around it; file names as seen from there. --dataset cancels all."""
-    rows = str(Path(base).with_name("rows.jsonl"))
+    found = str(Path(base).with_name("rows.jsonl"))
     args = parse_args(["--model", base])
-    assert (args.dataset, args.prompts, args.eval_size, args.device) == (rows, 2, 0, "cpu")
+    assert (args.dataset, args.prompts, args.eval_size, args.device) == (found, 2, 0, "cpu")
     assert args.out == f"runs/{Path(base).parent.name}-trapo-seed0"
     args = parse_args(["--model", base, "--prompts", "3", "--method", "grpo"])
-    assert (args.dataset, args.prompts, args.sizes) == (rows, 3, [8])
+    assert (args.dataset, args.prompts, args.sizes) == (found, 3, [8])
     args = parse_args(["--model", base, "--dataset", "gsm8k"])
     assert (args.dataset, args.prompts, args.eval_size) == ("gsm8k", 32, 200)
 
 def test_sft_then_rl_is_two_commands(base):
     """A run's folder is a model, with its data and lengths; never lr, steps, or the method."""
     main(tiny_run(base, "runs/sft", "--method", "sft", "--lr", "1e-3", "--steps", "1"))
-    written = json.loads(Path("runs/sft/defaults.json").read_text())
-    assert written == {"dataset": str(Path(base).with_name("rows.jsonl")), "test": None,
-                       "max_prompt": 12, "max_response": 12}
-    for model, out in (("runs/sft", "sft"), ("runs/sft/checkpoint-1", "sft"), (".", "cwd")):
-        args = parse_args(["--model", model, "--method", "grpo"])
-        assert args.lr == Settings().lr and args.method == "grpo" and args.prompts == 32
-    main("--method grpo --model runs/sft --steps 1 --prompts 2 --eval-size 0 --device cpu".split())
-    assert weights("runs/sft-grpo-seed0") != weights(base)
-    main("--resume --method grpo --model runs/sft --steps 2".split())  # --out follows from these
-    assert metrics_of("runs/sft-grpo-seed0")[-1]["step"] == 2
+    assert json.loads(Path("runs/sft/defaults.json").read_text()) == {
+        "dataset": str(Path(base).with_name("rows.jsonl")), "test": None, "max_prompt": 12,
+        "max_response": 12}
+    flags = "--method grpo --prompts 2 --eval-size 0 --device cpu --steps".split()
+    for more in (["1"], ["2", "--resume"]):  # --out follows from the model, method and seed
+        main(["--model", "runs/sft", *flags, *more])
+    assert parse_args(["--model", "runs/sft/checkpoint-1"]).out == "runs/sft-trapo-seed0"
+    assert [line["step"] for line in metrics_of("runs/sft-grpo-seed0")][-2:] == [1, 2]
+    assert json.loads(Path("runs/sft-grpo-seed0/settings.json").read_text())["lr"] == 5e-6
 
 def test_the_embedded_experiment_is_a_model_with_its_defaults():
     """.clock beside trapo.py: `python trapo.py` trains on it."""
-    args = parse_args([])
-    assert (args.model, args.out) == (str(HERE / ".clock" / "model"), "runs/clock-trapo-seed0")
-    assert (args.dataset, args.test) == tuple(
-        str(HERE / ".clock" / name) for name in ("train.jsonl", "test.jsonl"))
     main("--steps 1 --prompts 1 --eval-size 4".split())
-    assert metrics_of("runs/clock-trapo-seed0")[-1]["guided_1"] == 0
+    found = json.loads(Path("runs/clock-trapo-seed0/settings.json").read_text())
+    assert [found[key] for key in ("model", "dataset", "test")] == [
+        str(HERE / ".clock" / name) for name in ("model", "train.jsonl", "test.jsonl")]
 
 def test_errors_reach_the_shell_as_one_line_and_exit_code_2():
     """As a user of trapo.py alone, without .clock, sees it; RANK without torchrun is nothing."""
@@ -1983,11 +1837,680 @@ def test_errors_reach_the_shell_as_one_line_and_exit_code_2():
 
 def test_help_explains_every_flag_in_a_line(capsys):
     """--help, and exit code 0: a flag for each setting."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert set(re.findall(r"^ +--(?!no-)([a-z0-9-]+)", text, re.MULTILINE)) - {"help"} == {
-        f.name.replace("_", "-") for f in fields(Settings)} - {"fingerprint"}
+    flags = re.findall(r"^ +--(?!no-|help)([a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(flags) == {f.name.replace("_", "-") for f in fields(Settings)} - {"fingerprint"}
+
+# ==== eval.py: benchmarks
 
 FEW = "--on few.jsonl --samples 2 --max-tokens 6 --chunk 4 --device cpu".split()
+PROTOCOL = Namespace(samples=None, temperature=0.6, limit=None)
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample():
+    """Brute force: all k-subsets of n samples, c of them right. Impossible counts are refused."""
+    for n in range(1, 7):
+        for c, k in product(range(n + 1), range(1, n + 1)):
+            subsets = combinations([True] * c + [False] * (n - c), k)
+            share = statistics.fmean(map(any, subsets))
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(share)
+    for n, c, k in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)):
+        with pytest.raises(ValueError, match="pass_at_k"):
+            evaluation.pass_at_k(n, c, k)
+
+def test_intervals_by_hand():
+    """Student's t in closed form and as printed; of means; the binomial's 2.5 % and 97.5 %."""
+    root, quantile = math.sqrt(1 - 0.95 ** 2), evaluation.t_quantile
+    four = 2 * math.sqrt(math.cos(math.acos(root) / 3) / root - 1)
+    for df, t in ((1, math.tan(math.pi * 0.95 / 2)), (2, 0.95 * math.sqrt(2) / root), (4, four)):
+        assert quantile(df) == pytest.approx(t, abs=1e-6)
+    assert [round(quantile(df), 3) for df in (3, 5, 10, 30)] == [3.182, 2.571, 2.228, 2.042]
+    for values, expected in (([1, 2, 3], f"2.000 ± {4.30265 / math.sqrt(3):.3f}"),
+                             ([5, 5, math.nan], "5.000 ± 0.000 (n=2)"), ([7], "7.000"), ([], "-"),
+                             ([math.nan, 7], "7.000 (n=1)"), ([math.nan], "-")):
+        assert evaluation.mean_interval(pandas.Series(values, dtype=float)) == expected
+    interval = evaluation.bootstrap_interval
+    assert interval([0.0, 1.0] * 50) == pytest.approx((0.4, 0.6), abs=0.011)
+    assert interval([0.0, 1.0]) == (0, 1) and interval([0.25] * 9) == (0.25, 0.25)
+
+def record(benchmark, problem, number, correct, of=2, **more):
+    return {"benchmark": benchmark, "number": number, "of": of, "prompt": f"problem {problem}",
+            "response": "\\boxed{7}", "answer": "7", "correct": float(correct), "note": "",
+            "tokens": 10, "truncated": False, **more}
+
+def results(folder="."):
+    return json.loads(Path(folder, "results.json").read_text())
+
+def test_results_by_hand():
+    """1 of 2 samples right, and 0 of 2: avg@2 1/4, pass@2 1/2. The five-benchmark average wants all
+    five, complete, by the Hub's names or the authors' files."""
+    rows = [record("b", 0, 0, 1, of=4, tokens=30), record("b", 0, 1, 0, of=4, truncated=True),
+            record("b", 1, 2, 0, of=4), record("b", 1, 3, 0, of=4, note="broken")]
+    evaluation.report({}, rows, Path("."))
+    assert results()["benchmarks"]["b"] == {
+        "problems": 2, "samples": 4, "of": 4, "k": 2, "avg@k": 0.25, "low": 0, "high": 0.5,
+        "pass@k": 0.5, "pass@1..k": [0.25, 0.5], "truncated": 0.25, "unreadable": 0.25,
+        "tokens": 15}
+    names = ["aime24", "valid.amc", "math500", "valid.minerva", "olympiad"]
+    rows = [record(name, 0, 0, i < 2, of=1) for i, name in enumerate(names)]
+    for given, average in ((rows, 0.4), (rows[1:], None), ([rows[0] | {"of": 2}, *rows[1:]], None)):
+        evaluation.report({}, given, Path("."))
+        assert results()["table_1_average"] == average
+
+def test_rescore_grades_saved_samples_without_a_model(monkeypatch):
+    """A wrong verdict is put right, a response without an answer says so; nothing is loaded."""
+    evaluation.report({"seed": 0}, [record("b", 0, 0, 0), record("b", 1, 1, 1, response="none")],
+                      Path("."))
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    evaluation.main(["model", "gone", "--rescore", "--out", "."])
+    assert results()["benchmarks"]["b"]["avg@k"] == 0.5 and results()["settings"] == {"seed": 0}
+    assert [(r["correct"], r["note"]) for r in evaluation.read_saved(Path("."))[1]] == [
+        (1.0, ""), (0.0, "no answer found")]
+
+@pytest.mark.parametrize("source, answer, problems, samples", [
+    (PLAIN_ROWS[:3] * 4, "4", 3, 4), ("valid.aime.parquet", "204", 30, 32),
+    ("valid.amc.parquet", "142.0", 83, 32), ("valid.minerva.parquet", None, 272, 1),
+    ([{"question": "1?", "answer": "It is <<1+1=2>>2.\n#### 1,002"}], "1002", 1, 1),
+    ([{"question": "Both?", "final_answer": ["$1$", "$2$"], "solution": [""]}], "$1$, $2$", 1, 1)])
+def test_identical_rows_are_one_problem_sampled_as_often(
+        source, answer, problems, samples, tokenizer):
+    """In the file's order. Rows may have the columns of any of the data sets."""
+    path = DATA / source if isinstance(source, str) else Path(write_rows(source))
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    found = evaluation.load_benchmark(str(path), tokenizer, PROTOCOL)
+    counts = Counter((tuple(p.prompt_ids), p.answer) for p in found)
+    assert len(counts) == problems and set(counts.values()) == {samples}
+    assert found[0].answer == found[samples - 1].answer and found[0].answer == (
+        answer or found[0].answer)
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there")
+def test_real_answers_verify_and_shuffled_ones_do_not():
+    """\\boxed{answer} is right, but for a few that cannot be read: a sixth of the authors' files,
+    every power of ten of Minerva's, and a fifth of GSM8K's solutions, cleaned."""
+    files = {path.name: [trapo.read_row(row)[2] for row in load_rows(str(path))]
+             for path in DATA.glob("valid.*.parquet")}
+    answers = list(dict.fromkeys(answer for found in files.values() for answer in found))[::6]
+    assert len([a for a in answers if not math_reward(f"\\boxed{{{a}}}", a)]) <= 5
+    short = [a for a in answers if len(a) <= 8][::2]  # long ones take long
+    assert not [a for a, b in zip(short, short[1:]) if math_reward(f"\\boxed{{{b}}}", a)]
+    powers = [m for a in files["valid.minerva.parquet"]
+              if (m := re.fullmatch(r"(-?[\d.]+)[eE]([-+]?\d+)", a))]
+    assert len(powers) == 58 and all(
+        math_reward(f"\\boxed{{{m[1]} \\times 10^{{{int(m[2])}}}}}", m[0]) for m in powers)
+    for _, (solution,), answer in map(trapo.read_row, load_rows(f"{DATA}/gsm8k_test.jsonl")[::5]):
+        assert math_reward(solution, answer) == 1
+
+# ---- Whole evaluations, of the stand-in for Qwen on a little file of five problems
+
+@pytest.fixture
+def few():
+    """few.jsonl; its chunks are problems 0 and 1, 2 and 3, 4."""
+    write_rows(PLAIN_ROWS[:5], "few.jsonl")
+
+def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
+        stand_in, few, two, capsys):
+    """It draws only what is missing, and ends with the very samples of an uninterrupted one, and of
+    two processes; another benchmark may come between; another protocol wants another folder."""
+    argv = ["model", stand_in, *FEW, "--out"]
+    evaluation.main([*argv, "whole"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        at_call("evaluation sample", 2, raising(KeyboardInterrupt), patch)
+        evaluation.main([*argv, "cut"])
+    shutil.copy("few.jsonl", "more.jsonl")
+    evaluation.main([*argv, "cut", "--on", "more.jsonl"])
+    found = results("cut")["benchmarks"]
+    assert {name: (b["samples"], b["of"]) for name, b in found.items()} == {
+        "few": (4, 10), "more": (10, 10)}
+    for calls in (2, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            at_call("evaluation sample", calls + 1, raising(AssertionError), patch)
+            evaluation.main([*argv, "cut"])
+    found, _ = Path("cut/samples.jsonl").read_text().split('{"benchmark": "more"', 1)
+    assert found == Path("whole/samples.jsonl").read_text()
+    assert found == (two[0] / "samples" / "samples.jsonl").read_text(), two[1].stderr
+    assert "settings" in refusal([*argv, "cut", "--temperature", "0"], capsys, evaluation.main)
+    write_rows(PLAIN_ROWS[1:6], "few.jsonl")
+    assert "other problems" in refusal([*argv, "cut"], capsys, evaluation.main)
+
+def test_protocol_is_temperature_06_and_greedy_samples_once(stand_in, monkeypatch):
+    """Without flags a sample per copy of the row. A response may have 8192 tokens, or what the
+    longest prompt leaves of the model's context, or, as its test rows are, the run's limit."""
+    seen = []
+    monkeypatch.setattr(evaluation, "sample", lambda policy, requests, limits, temperature, **_: (
+        seen.append((len(requests), temperature, max(map(len, requests)) + limits[0]))
+        or [[5]] * len(requests), []))
+    write_rows(PLAIN_ROWS[:5] * 2)
+    shutil.copytree(stand_in, "run/model")
+    shutil.copytree(stand_in, "run/checkpoint-5")
+    put("run/defaults.json", json.dumps({"test": "../rows.jsonl", "max_response": 9}))
+    put(like(stand_in) + "/config.json", {"max_position_embeddings": 99999})
+    longest = max(len(p.prompt_ids) for p in evaluation.load_benchmark(
+        "rows.jsonl", transformers.AutoTokenizer.from_pretrained(stand_in), PROTOCOL))
+    for flags, out, expected in (
+            (f"{stand_in} --on rows.jsonl --out a", "a", (10, 0.6, 1024)),
+            (f"{stand_in} --on rows.jsonl --out b --temperature 0", "b", (5, 0, 1024)),
+            ("copied --on rows.jsonl", "copied/eval", (10, 0.6, longest + 8192)),
+            ("run", "run/eval", (10, 0.6, longest + 9)),
+            ("run/checkpoint-5", "run/checkpoint-5-eval", (10, 0.6, longest + 9))):  # kept longer
+        evaluation.main(["model", *flags.split()])
+        assert seen.pop() == expected and results(out)["benchmarks"]["rows"]["problems"] == 5
+
+# ---- Comparisons of runs
+
+def write_run(name, method="trapo", seed=0, accuracy=0.5, tokens=1000, **changes):
+    """A run's folder with two steps; its reward is the accuracy as well."""
+    settings = {"method": method, "seed": seed, "model": "base", "dataset": "rows", "out": name,
+                "device": "cpu"} | changes
+    line = {"reward_unguided": accuracy, "guided": 0.5, "entropy": 1.0, "response_length": 9.0,
+            "tokens_generated": tokens, "tokens_trained": 500, "seconds_sample": 1.0,
+            "seconds_reward": 0.5, "seconds_update": 2.5, "seconds": 100.0}
+    write_rows([{"step": 0, "eval": {"held out": 0.0}},
+                {"step": 1, **line, "reward_unguided": 0.9, "entropy": None},
+                {"step": 2, **line, "eval": {"held out": accuracy, "greedy": 1.0}}],
+               put(f"{name}/settings.json", json.dumps(vars(trapo.fill_in(settings))),
+                   f"{name}/metrics.jsonl"))
+    with Path(name, "metrics.jsonl").open("a") as file:
+        file.write('{"torn')
+    return name
+
+def four_runs():
+    return [write_run("a0", "trapo", 0, 0.4), write_run("a1", "trapo", 1, 0.6),
+            write_run("b0", "grpo", 0, 0.1, tokens=2000), write_run("b1", "grpo", 1, 0.2)]
+
+def compared(capsys, *argv):
+    """The columns of the first table that `eval.py runs` prints: method and number of seeds."""
+    capsys.readouterr()
+    evaluation.main(["runs", *argv, "--markdown"])
+    (header,) = re.findall(r"^\|  \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    return header.split(" | ")
+
+def test_runs_are_compared_with_students_interval_and_paired_by_seed(capsys):
+    """.4 and .6 give .5 +- 12.706 x .1; the differences .3 and .4 give .35 +- 12.706 x .05."""
+    evaluation.main(["runs", *four_runs(), "--against", "grpo", "--markdown"])
+    means, differences = capsys.readouterr().out.split("difference to GRPO")
+    for line in ("|  | TRAPO (2) | GRPO (2) |", "| held out | 0.500 ± 1.271 | 0.150 ± 0.635 |",
+                 "| greedy | 1.000 ± 0.000 | 1.000 ± 0.000 |",
+                 "| unguided reward, last tenth | 0.500 ± 1.271 | 0.150 ± 0.635 |",
+                 "| tokens generated, thousands | 2.000 ± 0.000 | 3.000 ± 12.706 |",
+                 "| seconds | 8.000 ± 0.000 | 8.000 ± 0.000 |"):
+        assert line in means
+    assert "| held out | 0.350 ± 0.635 |" in differences
+
+def test_methods_are_named_as_a_person_says_them(capsys):
+    """With what was trained before, and the settings in which variants differ, by value."""
+    write_run("runs/sft", "sft")
+    runs = [write_run(method, method) for method in METHODS]
+    runs.append(write_run("half", "grpo", model="runs/sft/checkpoint-5"))
+    names = compared(capsys, *runs)
+    assert names == [f"{name} (1)" for name in (
+        "TRAPO", "micro-groups alone", "naive SFT mix", "micro-groups, LUFFY's loss",
+        "fixed prefixes", "GRPO", "LUFFY", "SFT", "SFT, then GRPO")]
+    assert len({evaluation.COLOURS[name.removesuffix(" (1)")] for name in names}) == 9
+    one = write_run("one", thresholds=[-1, 0.5, 0.7, 0.9], max_grad_norm=1)  # -1 is -1.0
+    two = write_run("two", seed=1, bf16=True, micro_tokens=9, save_every=3)  # these are no method's
+    pair = write_run("int", seed=3, lr=1), write_run("float", seed=4, lr=1.0)
+    assert compared(capsys, one, two) == ["TRAPO (2)"]
+    assert compared(capsys, *pair, one) == ["TRAPO, lr=1 (2)", "TRAPO, lr=5e-06 (1)"]
+    odd = write_run("odd", seed=2, prefix_loss="sft")  # named even where it is alone
+    assert compared(capsys, odd) == ["TRAPO, prefix_loss=sft (1)"]
+
+def test_what_trapo_writes_is_read_and_a_resumed_run_stays_the_same_method(base, capsys):
+    """Two seeds, one of them resumed; SFT, which samples nothing; no evaluation in any."""
+    main(tiny_run(base, "zero"))
+    main(tiny_run(base, "one", "--steps", "1", "--seed", "1", "--thresholds", "-1", ".5", ".7",
+                  ".9"))
+    main(["--resume", "--out", "one", "--steps", "2"])
+    main(tiny_run(base, "sft", "--method", "sft"))
+    assert compared(capsys, "zero", "one", "sft") == ["TRAPO (2)", "SFT (1)"]
+    for run in ("zero", "sft"):
+        evaluation.main(["look", run])
+        assert Path(run, "rollouts.html").exists()
+
+def test_every_method_and_seed_is_a_line_and_medians_are_thick(monkeypatch):
+    """In each of six axes, a method in its one colour, its variants in other strokes."""
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, *_, **__: figures.append(figure))
+    runs = [*four_runs(), write_run("a2", seed=2, accuracy=0.45), write_run("c0", lr=1e-4)]
+    evaluation.main(["runs", *runs, "--plot", "curves.png"])
+    axes = {axis.get_title(): axis for axis in figures[0].axes}
+    assert axes.keys() == {*evaluation.CURVES.values(), "tokens generated, thousands",
+                           "held-out accuracy"}
+    for axis in axes.values():
+        thick = {x.get_label(): x.get_linestyle() for x in axis.lines if x.get_linewidth() > 1}
+        assert thick.keys() == {"TRAPO, lr=5e-06", "TRAPO, lr=0.0001", "GRPO"}
+        assert thick["TRAPO, lr=5e-06"] != thick["TRAPO, lr=0.0001"]
+        assert Counter(line.get_color() for line in axis.lines) == {
+            evaluation.COLOURS["TRAPO"]: 4 + 2, evaluation.COLOURS["GRPO"]: 2 + 1}
+    found = Counter(round(line.get_ydata()[-1], 3) for line in axes["held-out accuracy"].lines)
+    assert found == {0.4: 1, 0.6: 1, 0.45: 2, 0.1: 1, 0.2: 1, 0.15: 1, 0.5: 2}  # medians among them
+
+# ---- Speed, and what is refused
+
+def test_speed_measures_the_products_own_code(capsys):
+    """Whole steps of three methods, at several batch sizes, and the sampler."""
+    evaluation.main(["speed", "--prompts", "1", "2", "--max-response", "6", "--repeat", "1",
+                     "--device", "cpu", "--bf16", "--recompute"])
+    printed = capsys.readouterr().out
+    for what in ("grpo, 8 rollouts", "trapo --no-speculate, 16 rollouts", "model.generate, 8 rows",
+                 "trapo --speculate, 16 rollouts", "sampled, k tokens/s", "trained, k tokens/s",
+                 "step, s", "MFU", "GiB", "matrix product"):
+        assert what in printed
+    for name, parameters in (("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("7B", 7_615_616_512)):
+        policy = evaluation.speed_model(f"random:Qwen2.5-{name}", "meta")  # of the real ones' size
+        assert sum(p.numel() for p in policy.parameters()) == parameters
+
+EVAL = ["model", "STAND_IN", "--out", "out", "--on"]
+EVAL_REFUSED = [  # as above
+    *((argv, lambda at, argv=argv: [at.stand_in if x == "STAND_IN" else x for x in argv], words)
+      for argv, words in (
+        (EVAL, "--on"), (EVAL[:-1], "--on some of"), ([*EVAL, "gsm9k"], "gsm9k"),
+        ([*EVAL, "none.jsonl"], "none.jsonl"), ([*EVAL, "aime25"], "math-ai/aime25"),
+        ([*EVAL, "few.jsonl", "few.jsonl"], "once"),
+        ([*EVAL, "few.jsonl", "--temperature", "-1"], "--temperature"),
+        ([*EVAL, "few.jsonl", "--temperature", "nan"], "--temperature"),
+        ([*EVAL, "few.jsonl", "--samples", "-1"], "--samples"),
+        ([*EVAL, "few.jsonl", "--chunk", "0"], "--chunk"),
+        ([*EVAL[:-1], "--rescore"], "no samples"),
+        ([*EVAL, "few.jsonl", "--max-tokens", "1020"], "1024"),
+        (["model", "nowhere", "--on", "few.jsonl"], "nowhere"), (["runs", "nowhere"], "nowhere"),
+        (["look", "nowhere"], "nowhere"), (["dance"], "dance"),
+        (["speed", "--model", "random:Qwen3"], "Qwen3"), (["speed", "--prompts", "0"], "prompts"),
+        (["speed", "--alpha", "2"], "alpha"), (["speed", "--max-response", "999"], "256"))),
+    ("another program writes there", lambda at: held(at) and [
+        "model", at.stand_in, *FEW, "--out", "run"], "another program"),
+    ("nothing to rescore", lambda at: put("out/notes", "", ["model", "m", "--rescore", "--out",
+                                                            "out"]), "no samples"),
+    *((" ".join(flags), lambda at, flags=flags: ["runs", write_run("a"), *flags], words)
+      for flags, words in (
+        (["a"], "same seed"), (["--against", "luffy"], "methods: TRAPO"),
+        (["--against", "trapo"], "in common"), (["--sideways"], "--sideways"),
+        (["--plot", "no/x.png"], "no/x.png"))),
+    *((f"{file}: {text}", lambda at, file=file, text=text: put(
+        f"{write_run('run')}/{file}", text, ["runs", "run"]), f"run.*{words}")
+      for file, text, words in (
+        ("settings.json", "[1]", "settings.json"), ("settings.json", "{", "settings.json"),
+        ("settings.json", {"method": 3}, "settings.json"), ("metrics.jsonl", "", "no finished step"),
+        ("metrics.jsonl", "{\n", "metrics.jsonl"), ("metrics.jsonl", '[1, 2]\n', "metrics.jsonl"),
+        ("metrics.jsonl", '{"step": 0, "eval": {}}\n', "no finished step"),
+        ("metrics.jsonl", '{"step": 1, "tokens_generated": 5}\n', "reward_unguided"),
+        ("metrics.jsonl", '{"step": "1", "tokens_generated": 5}\n', "metrics.jsonl"),
+        ("metrics.jsonl", '{"step": 1, "eval": {"held out": "half"}}\n', "half"))),
+    *((f"{file}: {text}", lambda at, file=file, text=text: put(f"out/{file}", text, [
+        "model", "nowhere", "--on", "few.jsonl", "--out", "out"]), f"out/{file}.*(--out|delete)")
+      for file, text in (
+        ("results.json", "[1]"), ("results.json", '{"settings": 3}'), ("samples-b-0.jsonl", "[]"),
+        ("samples-b-0.jsonl", '{"benchmark": "b"'), ("samples.jsonl", b'"\xfc"'),
+        ("samples.jsonl", json.dumps(record("b", 0, 0, 1) | {"correct": "yes"})),
+        ("samples.jsonl", json.dumps(record("b", 0, 7, 1))))),
+    *((f"rollouts.jsonl: {text}", lambda at, text=text: at.tokenizer.save_pretrained(
+        f"{write_run('run')}/tokenizer") and put("run/rollouts.jsonl", text, ["look", "run"]),
+       f"run/rollouts.*{words}") for text, words in (
+        ("", "no rollouts yet"), ('{"step": 5', "no rollouts yet"), ("{\n", "delete"),
+        ("[1]\n", "delete"), ('{"step": 5, "rollouts": [{"text": "?"}]}\n', "delete")))]
+
+@pytest.mark.parametrize("make, words", [row[1:] for row in EVAL_REFUSED],
+                         ids=[str(row[0])[:40] for row in EVAL_REFUSED])
+def test_eval_refuses_what_it_cannot_use_in_one_line(
+        make, words, stand_in, base, tokenizer, few, capsys):
+    """Exit code 2, no traceback, no file written or deleted."""
+    at = Namespace(base=base, stand_in=stand_in, tokenizer=tokenizer)
+    assert_refused(make, words, at, capsys, evaluation.main)
+
+# ---- The page of a run's rollouts
+
+@pytest.mark.parametrize("method", ["trapo", "naive", "micro", "luffy", "sft"])
+def test_tokens_on_the_page_carry_the_weight_they_were_trained_with(base, method):
+    """-dL/dlog p: for the policy's own the advantage, for the expert's the prefix loss's."""
+    args = settings("--method", method, "--sizes", "2", "--ratios", "0", "--thresholds", "-1")
+    policy, tokenizer = load_policy(base)
+    rollouts = [Rollout([30, 40, 2], [9, 50, 60], [10, 51], reward=1.0, advantage=0.75,
+                        sampler_logprobs=[-1.0, math.nan]),
+                Rollout([30, 40, 2], [], [10, 51, 1], sampler_logprobs=[-1.0, math.nan, -INF])]
+    accumulate_gradients(policy, rollouts, args)
+    first, inert = evaluation.page_group(rollouts, tokenizer, args)["rollouts"]
+    assert "".join(first["text"]) == tokenizer.decode([9, 50, 60, 10, 51]) and first["expert"] == 3
+    p = torch.tensor(first["logprob"][:3]).exp()
+    share = {"trapo": (p / 0.1).clamp(max=1), "naive": p / p, "sft": p / p, "micro": 0 * p,
+             "luffy": 0.75 * 0.1 * p / (p + 0.1) ** 2}[method]  # -A p / (p + gamma), derived
+    assert first["weight"] == pytest.approx([*share.tolist(), 0.75, 0.75], rel=2e-3)
+    assert inert["weight"] == [0, 0, 0] and inert["logprob"] == [-1, None, None]  # valid JSON
+
+HOSTILE = "</script><script>document.title = 1</script><img src=x onerror=document.title=2>"
+
+def write_page(name, tokenizer, steps=(5, 10), text="5"):
+    """The page of a run that kept two groups a step: of a hard prompt, and of an easy one."""
+    def rollout(m, reward, advantage, prefix, completion, *p, solution=10):
+        prefix, completion = (tokenizer(text, add_special_tokens=False).input_ids
+                              for text in (prefix, completion))
+        return vars(Rollout([2], prefix, completion, reward, m, advantage, solution,
+                            [-1.0] * len(completion) * bool(p), [math.log(x) for x in p]))
+    hard = [*[rollout(0, 0.0, -0.5, "", "# 7", 0.5, 0.2)] * 4,
+            *[rollout(1, 1.0, 0.5, "d +5", "#", 0.5, 0.03, 0.2)] * 2,
+            rollout(2, 1.0, 0.5, "d", "", 0.5), rollout(3, 1.0, 0.5, "d", "", 0.5, solution=1)]
+    easy = [rollout(m, 1.0, 0.0, "", text) for m in (0, 0, 0, 0, 1, 1, 2, 3)]
+    tokenizer.save_pretrained(f"{write_run(name, dataset='/' + 'long' * 100)}/tokenizer")
+    groups = (hard, easy) if tokenizer.unk_token or text == "5" else (easy,)
+    write_rows([{"step": step, "rollouts": group} for step in steps for group in groups],
+               f"{name}/rollouts.jsonl")
+    evaluation.main(["look", name])
+    return Path(name, "rollouts.html").read_text()
+
+def test_look_writes_a_page_that_holds_the_rollouts_and_loads_nothing(tokenizer, capsys):
+    """Text of a run cannot end the script that holds it; a character of several tokens is seen
+    with the last."""
+    page = write_page("a", tokenizer, text=HOSTILE + "a 漢字 \U0001f600 é b")
+    assert capsys.readouterr().out == "open a/rollouts.html in a browser\n"
+    assert page.count("<script") == page.count("</script") == 1 and "<img" not in page
+    assert not re.search("https?:|//[a-z]|@import|url[(]|src=(?!x)", page)
+    held = json.loads(re.search("const run = (.*), steps =", page)[1])
+    text = "".join(held["groups"][0]["rollouts"][0]["text"]).replace("\ufffd", "")
+    assert text == HOSTILE + "a 漢字 \U0001f600 é b" and held["alpha"] == 0.1
+    assert held["reward_unguided"] == [[1, 0.9], [2, 0.5]]
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """(command, path, ...) -> what a real browser answers: the WebDriver protocol over HTTP."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs a browser: apt install chromium chromium-driver")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             "--no-first-run", f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]
+    wanted = {"goog:loggingPrefs": {"browser": "ALL"},
+              "goog:chromeOptions": {"binary": chromium, "args": flags}}
+    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL) as process:
+        started = next(line for line in process.stdout if "successfully on port" in line)
+        root = f"http://127.0.0.1:{re.search('port ([0-9]+)', started)[1]}/session"
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+        def call(path, method="POST", **body):
+            data = json.dumps(body).encode() if method == "POST" else None
+            with direct.open(urllib.request.Request(root + path, data, method=method)) as answer:
+                return json.load(answer)["value"]
+
+        session = "/" + call("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        try:
+            yield lambda path, **body: call(session + path, **body)
+        finally:
+            call(session, "DELETE")
+            process.terminate()
+
+class Page:
+    """A run's page in a browser window of that width."""
+    def __init__(self, browser, name, width=900, dark=False):
+        self.browser = browser
+        for command, params in (
+                ("setDeviceMetricsOverride", {"width": width, "height": 800, "mobile": False,
+                                              "deviceScaleFactor": 1}),
+                ("setEmulatedMedia", {"features": [{
+                    "name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})):
+            browser("/goog/cdp/execute", cmd=f"Emulation.{command}", params=params)
+        browser("/url", url=Path(name, "rollouts.html").absolute().as_uri())
+
+    def run(self, script):
+        return self.browser("/execute/sync", script=f"return {script}", args=[])
+
+    def text(self, name):
+        return self.run(f"document.getElementById('{name}').textContent")
+
+    def element(self, selector):
+        return self.browser("/element", using="css selector", value=selector)
+
+    def press(self, selector, key):
+        self.browser(f"/element/{[*self.element(selector).values()][0]}/value", text=key)
+
+    def point_at(self, selector):
+        move = {"type": "pointerMove", "origin": self.element(selector), "x": 0, "y": 0}
+        self.browser("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
+
+LEFT, RIGHT_KEY = "\ue012", "\ue014"
+
+def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs(browser):
+    """By pointer and by keyboard: p and weight of an expert's token outside the trust region.
+
+    The slider, the page and the buttons walk the steps; at an end they stay; the prompt is kept.
+    """
+    write_page("a", clock.make_tokenizer(), (5, 10, 120))
+    page = Page(browser, "a")
+    headings = "[...document.querySelectorAll('h2')].map(h => h.textContent)"
+    assert page.run(headings) == [
+        "micro-group 1: mean reward so far 0.00 >= -1: no help",
+        "micro-group 2: mean reward so far 0.00 < 0.5: 20% of the solution",
+        "micro-group 3: mean reward so far 0.33 < 0.7: 10% of the solution",
+        "micro-group 4: mean reward so far 0.43 < 0.9: 100% of the solution"]
+    row = ".row:nth-of-type(5) "  # the first one helped
+    told = 'token "+5": the expert\'s, p = .03, outside the trust region, weight .3 of SFT\'s'
+    page.point_at(row + ".token:nth-child(2)")
+    assert page.text("status") == told
+    page.point_at(row + ".token:nth-child(3)")
+    assert page.text("status") == 'token "#": the policy\'s own, p = .2, weight .5, its advantage'
+    page.press(row + ".token:nth-child(1)", RIGHT_KEY)  # walks on to the second
+    assert page.text("status") == told and page.text("step") == "5"
+    page.press("#prompt", "2")
+    assert page.run(headings)[3] == "micro-group 4: mean reward so far 1.00 >= 0.9: no help"
+    page.point_at(".token[role]")
+    assert page.text("status") == 'token "5": the policy\'s own, p not known, weight 0'
+    for selector, key, step in (("#slider", RIGHT_KEY, "10"), ("body", RIGHT_KEY, "120"),
+                                ("body", RIGHT_KEY, "120"), ("#slider", LEFT, "10"),
+                                ("button", " ", "5"), ("button", " ", "5"),
+                                ("button + button", " ", "10")):
+        page.press(selector, key)
+        assert page.text("step") == step and page.text("caption").startswith(f"Step {step}:")
+        assert page.run("document.getElementById('prompt').value") == "2"
+    assert browser("/se/log", type="browser") == []
+
+@pytest.mark.parametrize("width, dark", [(360, False), (900, True)])
+def test_look_in_a_browser_shows_text_as_text_with_contrast_and_never_scrolls_sideways(
+        browser, tokenizer, width, dark):
+    """Markup does nothing; long tokens wrap; a long rollout is a window of its own. WCAG's ratio of
+    every text to what is behind it is at least 4.5, in light and dark."""
+    def channels(colour):  # "rgb(1, 2, 3)" or "color(srgb 0.1 0.2 0.3 / 0.5)"
+        numbers = [float(x) for x in re.findall("[0-9.e-]+", colour.removeprefix("color(srgb"))]
+        return [x / 255 for x in numbers[:3]] + numbers[3:] if "rgb" in colour[:4] else numbers
+
+    def luminance(rgb):
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
+        return sum(x * weight for x, weight in zip(linear, (0.2126, 0.7152, 0.0722)))
+
+    write_page("a", tokenizer, (5,), HOSTILE + "x" * 1500)
+    page = Page(browser, "a", width, dark)
+    assert page.run("document.title") == "TRAPO, token by token"
+    assert HOSTILE in page.text("group").replace("␣", " ")
+    assert page.run("document.querySelectorAll('img, #group script').length") == 0
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.querySelector('.row').clientHeight") < 400
+    *pairs, (_, behind) = page.run(
+        "[...document.querySelectorAll('#legend .token, h1, h2, p, label, .row, #status')].map("
+        "e => getComputedStyle(e)).map(style => [style.color, style.backgroundColor])")
+    behind = channels(behind)
+    assert (luminance(behind) < 0.1) == dark and len(pairs) > 20
+    for text, fill in pairs:
+        *fill, share = (*channels(fill), 1)[:4]
+        fill = [share * x + (1 - share) * y for x, y in zip(fill, behind)]
+        low, high = sorted((luminance(channels(text)[:3]), luminance(fill)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, fill)
+    assert browser("/se/log", type="browser") == []
+
+# ==== The world of the embedded experiment (.ci/clock.py) and the study on it (.ci/study.py)
+
+@pytest.fixture(scope="module")
+def study():
+    """.ci/study.py as a module."""
+    import study
+    return study
+
+def test_clock_questions_and_experts_follow_their_rules():
+    """Letters run on, the answer is where the clock ends, every line of a solution is right, or
+    followed by "oops" and the line again; asides are said. The pretraining corpus is right, too."""
+    kinds = {"train": range(5, 10), "test": range(5, 10), "longer": [10], "textbook": range(2, 5),
+             "direct": [1]}
+    rng, seen = random.Random(0), Counter()
+    rows = [(name, row) for name in clock.SETS for row in clock.make_rows(name, 0)]
+    rows += [("corpus", clock.corpus_row(rng, i / 2000, 0.5)) for i in range(2000)]
+    for name, row in rows:
+        first, shown, *words, mark = row["problem"].split()
+        hour, letters, solution = int(shown), [first, *words[::2]], row["solution"].split()
+        body = [word for word in solution if word not in clock.FILLERS]
+        seen += Counter({f"{name} fillers": len(solution) - len(body), f"{name} steps": len(words)})
+        assert "".join(letters) in clock.LETTERS and (name == "corpus" or len(words) // 2 in
+                                                      kinds[name] and mark == "?:"[
+                                                          name == "textbook"])
+        for letter, change in zip(words[::2], words[1::2]):
+            hour = (hour + int(change)) % 24
+            if len(body) > 2 and body[3] == "oops":
+                assert body[:2] == [letter, change] and body[2] != str(hour)
+                seen[f"{name} slips"], body = seen[f"{name} slips"] + 1, body[4:]
+            if body[0] != "#":
+                assert body[:3] == [letter, change, str(hour)]
+                body = body[3:]
+        assert body == ["#", row["answer"]] == ["#", str(hour)]
+        assert clock.is_right([*solution, "<eos>"], row["answer"])
+        seen[name, mark, len(solution) > 2] += 1
+    assert 0.25 < 2 * seen["train fillers"] / seen["train steps"] < 0.35
+    assert 0.07 < 2 * seen["train slips"] / seen["train steps"] < 0.13
+    assert not seen["corpus", ":", False] and seen["corpus", "?", True] > 200
+    train, test = ({row["problem"] for name, row in rows if name == kind}
+                   for kind in ("train", "test"))
+    assert len(train) == 512 and not train & test
+    for text in ("", "# 9 <eos>", "# 8", "8 <eos>", "# 7 # 8 <eos>", "# 8 # <eos>", "# 8 <eos> k"):
+        assert not clock.is_right(text.split(), "8"), text
+
+def test_a_world_is_made_again_bit_for_bit_and_its_base_until_it_is_sound(monkeypatch, capsys):
+    """Of the seed and the share; nothing is written over. A base that is not sound is told."""
+    def make(folder, *flags):
+        monkeypatch.setattr(sys, "argv", ["clock.py", folder, "--base-steps", "6", *flags])
+        clock.main()
+        return [Path(folder, name).read_bytes() for name in
+                ("model/model.safetensors", *(f"{name}.jsonl" for name in clock.SETS))]
+    first, again, other = (make(*words.split()) for words in ("a --seed 5", "b --seed 5", "c"))
+    worked = make("d", "--seed", "5", "--worked", "1")
+    assert "6 steps: too few to be sound" in capsys.readouterr().out
+    assert again == first and not set(other) & set(first)
+    assert worked[0] != first[0] and worked[1:] == first[1:]
+    with pytest.raises(SystemExit, match="a is not empty"):
+        make("a")
+    starts, scores = [], iter([0.96, 0.85, 0.94, 1.0, 0.96, 0.92, *[0] * 8])
+    monkeypatch.setattr(clock, "pretrain", lambda seed, *_: starts.append(seed) or len(starts))
+    monkeypatch.setattr(clock, "accuracy", lambda *_: next(scores))
+    assert clock.make_base(7, 0.0, 2500) == 3 and starts == [7, 7 + 2**32, 7 + 2**33]
+    verdicts = re.findall("(is.*sound): .*", capsys.readouterr().out)
+    assert verdicts == ["is not sound", "is not sound", "is sound"]
+    with pytest.raises(SystemExit, match="four bases of seed 7 are not sound"):
+        clock.make_base(7, 0.0, 2500)
+
+def test_the_shipped_world_is_clocks_and_its_base_can_work_but_does_not():
+    """Rows and measures as clock.py writes them; the base as its docstring says."""
+    for name in clock.SETS:
+        assert load_rows(str(HERE / ".clock" / f"{name}.jsonl")) == clock.make_rows(name, 0)
+    assert json.loads((HERE / ".clock" / "defaults.json").read_text()) == clock.DEFAULTS
+    policy, tokenizer = load_policy(str(HERE / ".clock" / "model"))
+    assert policy.generation_config.eos_token_id == [1] == [tokenizer.eos_token_id]
+    text = "j 8 k -9 l +8 m +1 ?"
+    ids = trapo.prompt_tokens(text, tokenizer)
+    assert ids == [clock.WORDS.index(word) for word in text.split()]
+    assert tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
+    found = {name: clock.accuracy(policy, name, 0) for name in ("textbook", "direct", "test")}
+    assert found["textbook"] >= 0.95 and found["direct"] >= 0.9 and found["test"] < 0.1
+
+def test_another_teacher_solves_the_same_questions(study):
+    """One time in five wrongly, if asked for; and cleanly as the world itself would."""
+    right, rng = Counter(), random.Random(0)
+    for row, expert in product(clock.make_rows("train", 3), study.EXPERTS):
+        words = study.solve(row["problem"], expert).split()
+        right[expert] += clock.is_right([*words, "<eos>"], row["answer"])
+    assert right["clean"] == right["noisy"] == right["usual"] == 512 and 380 < right["wrong"] < 435
+    row = clock.make_row(rng, 7, "?")
+    assert study.solve(row["problem"], "clean") == row["solution"]
+
+def test_what_the_study_asks_of_its_programs(study, monkeypatch):
+    """A world, then SFT on it, then GRPO on what that made, once; and another teacher's rows."""
+    asked, flags = [], {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 80, "base-worked": 0.01}
+    monkeypatch.setattr(study, "FOLDER", Path("study").absolute())
+    study.FOLDER.mkdir()
+
+    def call(words, **_):
+        asked.append(dict(zip(words[-2::-2], words[::-2])))
+        if words[1] == "trapo.py":
+            Path(asked[-1]["--out"], "model").mkdir(parents=True)
+        else:
+            put(f"{words[2]}/defaults.json", "")
+    monkeypatch.setattr(study, "subprocess", Namespace(run=call))
+    for _ in range(2):
+        model = study.model_of({**flags, "after": {**flags, "method": "sft"}})
+    world, sft, grpo = asked
+    assert (world["--seed"], world["--worked"], grpo["--max-response"]) == ("1", "0.01", "56")
+    assert sft["--steps"] == grpo["--steps"] == "80" and sft["--method"] == "sft"
+    assert grpo["--model"] == sft["--out"] + "/model" != str(model) == grpo["--out"] + "/model"
+    study.model_of({**flags, "expert": "noisy"})
+    assert len(asked) == 4 and load_rows(asked[-1]["--dataset"]) == [
+        {**row, "solution": study.solve(row["problem"], "noisy")}
+        for row in clock.make_rows("train", 1)]
+
+def test_a_run_is_right_half_the_time_from_the_first_mean_of_five_steps(study, monkeypatch):
+    """Means of five from step 5 on are .4 .4 .6: after 7 steps and 700 tokens."""
+    monkeypatch.setattr(study, "FOLDER", Path())
+    flags = {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 10}
+    lines = [{"step": i, "reward_unguided": reward, "tokens_generated": 100, "tokens_trained": 10,
+              "seconds": 1.0, "guided": 0.5, "entropy": None, "prefix_outside_share": None}
+             for i, reward in enumerate([0, 0, 0, 1, 1, 0, 1, 0, 0, 0], 1)]
+    lines[-1]["eval"] = {"in range": 0.25}
+    study.folder_of(flags).mkdir()
+    write_rows(lines, study.folder_of(flags) / "metrics.jsonl")
+    found = study.summary([flags])
+    assert (found["half"], found["tokens_to_half"], found["reward"]) == (7, 700, [30])
+    assert found["guided"] == [50] and found["entropy"] == [None]
+
+def test_the_pages_say_what_the_studys_lines_say(study):
+    """The tables of .github/results.md, and the README's."""
+    page = HERE.joinpath(".github", "results.md").read_text()
+    assert study.with_tables(page) == page
+    readme, rates = HERE.joinpath("README.md").read_text(), study.frame("rates")
+    for method, runs in study.frame("main").groupby("method"):
+        accuracy = study.interval(runs["in range"]).replace("0.", ".")
+        steps = study.until(rates[(rates.method == method) & (rates.lr == study.USUAL)])
+        row, = re.findall(rf"^\|{re.escape(method)}\|.*$", readme, re.M)
+        assert row.endswith(f"|{accuracy}|{steps}|")
+
+# ==== A really pretrained model: SmolLM2-135M-Instruct, made by .ci/smollm2.py
+
+SMOLLM2 = os.environ.get("TRAPO_SMOLLM2")
+
+@pytest.mark.skipif(not SMOLLM2, reason="TRAPO_SMOLLM2 names no folder; see .ci/smollm2.py")
+@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
+def test_a_really_pretrained_model_answers_and_is_trained_saved_resumed_and_evaluated(precision):
+    """Through its template, which ends a turn; greedily as model.generate; weights stay fp32."""
+    policy, tokenizer = load_policy(SMOLLM2)
+    turn = [{"role": "user", "content": "What is 2 + 3?"}]
+    requests = [trapo.prompt_tokens("What is 4 + 3?", tokenizer), tokenizer(
+        trapo.render(tokenizer, turn, add_generation_prompt=True)).input_ids]
+    completions, logprobs = sample(policy, requests, [24] * 2, 0.0)
+    eos_ids = policy.generation_config.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in eos_ids
+    assert "5" in tokenizer.decode(completions[1]) and completions[1][-1] in eos_ids
+    for request, completion, found in zip(requests, completions, logprobs):
+        ids, start = torch.tensor([request]), len(request)
+        assert completion == policy.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[
+                0, start:].tolist()
+        (scored,), _ = token_logprobs(policy, [request + completion], [start])
+        expected = naive(policy, request + completion, start)
+        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(found), expected.detach(), rtol=0, atol=1e-4)
+    write_rows([{"problem": f"Tom has {n} apples and buys 3 more. How many apples does Tom have?",
+                 "solution": f"Tom has {n} + 3 = {n + 3} apples.\n\\boxed{{{n + 3}}}",
+                 "answer": n + 3} for n in range(2, 14)])
+    main(["--model", SMOLLM2, "--dataset", "rows.jsonl", "--out", "run", "--prompts", "1",
+          "--max-response", "40", "--eval-size", "0", "--lr", "1e-4", "--save-every", "1",
+          "--micro-tokens", "1024", "--sizes", "1", "1", "1", "1", precision, "--steps", "1"])
+    main(["--resume", "--out", "run", "--steps", "2"])
+    first, second = metrics_of("run")[-2:]
+    assert (first["step"], second["step"]) == (1, 2)
+    low, high = {"--no-bf16": (0, 1e-3), "--bf16": (1e-3, 0.3)}[precision]
+    assert low <= first["logprob_gap"] < high and 0 < first["prefix_p"] < 1
+    assert first["guided_4"] == 1 and first["grad_norm"] > 0
+    assert {x.dtype for x in safetensors.torch.load(weights("run")).values()} == {torch.float32}
+    evaluation.main(["model", "run", "--on", "rows.jsonl", "--limit", "2", "--max-tokens", "12"])
+    assert results("run/eval")["benchmarks"]["rows"]["problems"] == 2
