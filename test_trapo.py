@@ -18,22 +18,8 @@ The second half (`grep -n "# ===="`) tests what the lecture runs on. Nothing is 
 are tiny and made here. On a CPU, `pytest test_trapo.py` takes a minute or two, and the tutorial
 alone, `pytest test_trapo.py -m tutorial`, some 15 seconds.
 """
-import contextlib
-import copy
-import importlib.util
-import json
-import logging
-import math
-import multiprocessing
-import os
-import random
-import re
-import shutil
-import signal
-import statistics
-import subprocess
-import sys
-import urllib.request
+import contextlib, copy, html, json, logging, math, multiprocessing, os  # noqa: E401
+import random, re, shutil, signal, statistics, subprocess, sys  # noqa: E401
 from argparse import Namespace
 from collections import Counter, defaultdict
 from dataclasses import fields, replace
@@ -43,13 +29,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "hub"}  # a test never asks the network
 
-import numpy
-import pandas
-import pytest
-import safetensors.torch
-import tokenizers
-import torch
-import transformers
+import numpy, pandas, pytest, safetensors.torch, tokenizers, torch, transformers  # noqa: E401
 
 import eval as evaluation
 import trapo
@@ -344,23 +324,21 @@ def test_guided_rollouts_in_the_baseline_only_rescale_each_contexts_gradient():
     """
     played = {tuple((2 * r.micro_group + bool(r.prefix), r.reward) for r in draw(pattern)[0][0])
               for pattern in product((WRONG, RIGHT), repeat=8)}
-    contexts, rewards = torch.tensor(sorted(played), dtype=torch.float64).unbind(-1)  # [N, 8]
-    contexts, advantages = contexts.long(), group_advantages(rewards)
-    baseline, whole = rewards - advantages, 2 * 3 + 1
+    contexts, rewards = torch.tensor(sorted(played)).double().unbind(-1)  # [N, 8]
+    contexts, advantages, whole = contexts.long(), group_advantages(rewards), 2 * 3 + 1
     torch.manual_seed(0)
     factors = []
     for logits in 2 * torch.randn(150, 8, dtype=torch.float64):  # of success, by context
-        logits.requires_grad_()
-        signs = 2 * rewards - 1
-        logprobs = torch.where(contexts == whole, 0, (signs * logits[contexts]).sigmoid().log())
+        signed = logits.requires_grad_()[contexts] * (2 * rewards - 1)
+        logprobs = torch.where(contexts == whole, 0, signed.sigmoid().log())
         chances = logprobs.sum(1, keepdim=True).exp().detach()   # of each group
         torch.testing.assert_close(chances.sum(), chances.new_tensor(1.0))
         (chances * advantages * logprobs).sum().backward()       # what the update does on average
         p = logits.detach().sigmoid()
         for context in (0, 2, 3, 4, 5, 6):
             right, wrong = (chances * (contexts == context) * (rewards == r) for r in (1, 0))
-            factor = 1 - (right * baseline).sum() / right.sum() + (
-                wrong * baseline).sum() / wrong.sum()
+            baselines = [(x * (rewards - advantages)).sum() / x.sum() for x in (right, wrong)]
+            factor = 1 - baselines[0] + baselines[1]
             ascent = factor * (right + wrong).sum() * (p * (1 - p))[context]  # d p = p (1 - p)
             torch.testing.assert_close(logits.grad[context], ascent)
             factors.append(factor.item())
@@ -548,25 +526,33 @@ def naive(policy, sequence, start, temperature=1.0):
     targets = torch.tensor(sequence[start:])
     return distributions(policy, sequence, start, temperature).gather(1, targets[:, None])[:, 0]
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied, recompute", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_equal_the_naive_log_softmax(monkeypatch, tied, temperature):
-    """Values, entropies and every parameter's gradient, over chunk borders, to 1e-10."""
+def test_token_logprobs_equal_the_naive_log_softmax(monkeypatch, tied, recompute, temperature):
+    """Values, entropies and every parameter's gradient, over chunk borders, to 1e-10.
+
+    What sequences share is computed once: a prompt, an expert's prefix, a whole sequence.
+    """
     monkeypatch.setattr(trapo, "HEAD_CHUNK", 3)
-    policy = tiny_policy(tied=tied)
-    sequences = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17, 18], [19, 20, 21]]
-    starts, weights = [2, 1, 5, 3], torch.linspace(-1, 1, 8, dtype=torch.float64)
+    policy, computed = tiny_policy(tied=tied).train(), []
+    if recompute:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    policy.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: computed.append(inputs[0].numel()))
+    sequences = [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], [3, 4, 5, 9, 10], [4, 5, 6], [11, 12]]
+    starts, weights = [3, 3, 2, 3, 1], torch.linspace(-1, 1, 8, dtype=torch.float64)
 
     def gradients(rows):
-        policy.zero_grad()
-        sum((row * weights[:len(row)]).sum() for row in rows).backward()
-        return [p.grad.clone() for p in policy.parameters()]
+        total = sum((row * weights[:len(row)]).sum() for row in rows)
+        return torch.autograd.grad(total, policy.parameters())
 
     logprobs, entropies = token_logprobs(policy, sequences, starts, temperature)
-    expected = [naive(policy, s, start, temperature) for s, start in zip(sequences, starts)]
-    assert [len(row) for row in logprobs] == [4, 1, 3, 0]  # no token from `start` on is no error
+    assert computed == [5 + 0 + 1 + 2 + 1]  # the last token of a sequence predicts nothing
+    assert [len(row) for row in logprobs] == [3, 3, 3, 0, 1]  # no token from `start` on is no error
+    found = gradients(logprobs)
+    expected = [naive(policy.eval(), s, start, temperature) for s, start in zip(sequences, starts)]
     torch.testing.assert_close(list(logprobs), expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(gradients(logprobs), gradients(expected), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found, gradients(expected), rtol=0, atol=1e-10)
     for s, start, entropy in zip(sequences, starts, entropies):
         full = distributions(policy, s, start, temperature).detach()
         assert not entropy.requires_grad
@@ -582,25 +568,6 @@ def test_the_head_sees_response_positions_only_and_a_chunk_at_a_time(monkeypatch
     assert sum(rows) == 4 + 5 and max(rows) <= 3
     sum(row.sum() for row in logprobs).backward()  # computes them again, chunk by chunk
     assert sum(rows) == 2 * (4 + 5) and max(rows) <= 3
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_what_sequences_share_is_computed_once(recompute):
-    """A prompt, an expert's prefix, a whole sequence: each distinct beginning is one node of the
-    tree; values and gradients are those of a pass for each sequence."""
-    policy, computed = tiny_policy().train(), []
-    if recompute:
-        policy.activation_checkpointing_enable({"use_reentrant": False})
-    sequences = [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], [3, 4, 5, 9], [3, 4, 5, 6, 10], [4, 5, 6]]
-    starts = [3, 3, 3, 3, 1]
-    policy.model.embed_tokens.register_forward_hook(
-        lambda module, inputs, output: computed.append(inputs[0].numel()))
-    logprobs, _ = token_logprobs(policy, sequences, starts)
-    assert computed == [5 + 0 + 0 + 0 + 2]  # the last token of a sequence predicts nothing
-    found = torch.autograd.grad(sum(row.square().sum() for row in logprobs), policy.parameters())
-    expected = [naive(policy.eval(), s, start) for s, start in zip(sequences, starts)]
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-10)
-    expected = torch.autograd.grad(sum(row.square().sum() for row in expected), policy.parameters())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 # ==== Part 4. The update
 
@@ -652,28 +619,20 @@ def test_gradient_is_that_of_the_loss_however_it_is_computed(monkeypatch, method
     monkeypatch.setattr(trapo, "is_inert", lambda *_: False)
     torch.testing.assert_close(batch_gradient(policy, BATCH, args), expected, rtol=0, atol=1e-10)
 
-def token_weights(rollout, advantage):
-    """The gradient on each token's log-prob, first to last, read off a Table; and the log-probs."""
-    sequence = rollout.prompt + rollout.prefix + rollout.completion
-    rows = torch.randn(len(sequence), 30, generator=torch.Generator().manual_seed(0)).double() * 2
-    table, args = Table(rows), settings("--max-response", "10", "--alpha", "0.01")
-    accumulate_gradients(table, [replace(rollout, advantage=advantage)], args)
-    logp = table.rows.detach().log_softmax(-1)[:-1].gather(1, torch.tensor(sequence[1:])[:, None])
-    assert table.rows.grad[-1].abs().max() == 0  # no token comes after the last
-    pulls = table.rows.grad[:-1].gather(1, torch.tensor(sequence[1:])[:, None])
-    return (pulls / (1 - logp.exp()))[:, 0] * 10, logp[:, 0]  # times the divisor 1 * max_response
-
-def test_masks_prompt_prefix_and_completion_each_get_their_own_loss_only():
+@pytest.mark.parametrize("advantage", [0.75, -0.5, 0.0])
+def test_masks_prompt_prefix_and_completion_each_get_their_own_loss_only(advantage):
     """No gradient on prompt tokens, TrSFT without advantage on prefix, -A on completion tokens."""
-    rollout = Rollout([3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15], 1.0, 1)
-    for advantage in (0.75, -0.5, 0.0):
-        weights, logp = token_weights(rollout, advantage)
-        prompt, prefix, completion = weights.split([2, 6, 4])  # the first token has no context
-        assert torch.equal(prompt, torch.zeros_like(prompt))
-        damped = (logp[2:8].exp() / 0.01).clamp(max=1)
-        assert 0 < (damped < 1).sum() < 6  # inside and outside the trust region
-        torch.testing.assert_close(prefix, -damped)
-        torch.testing.assert_close(completion, torch.full_like(completion, -advantage))
+    rollout = Rollout([3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15], advantage=advantage)
+    table = Table(2 * torch.randn(13, 30, generator=torch.Generator().manual_seed(0)).double())
+    accumulate_gradients(table, [rollout], settings("--max-response", "10", "--alpha", "0.01"))
+    targets = torch.arange(4, 16)[:, None]  # the first token has no context, none follows the last
+    p = table.rows.detach().softmax(-1)[:-1].gather(1, targets)[:, 0]
+    damped = (p[2:8] / 0.01).clamp(max=1)
+    assert 0 < (damped < 1).sum() < 6  # inside and outside the trust region
+    weights = torch.cat([torch.zeros(2), damped, torch.full((4,), advantage)])
+    found = table.rows.grad.gather(1, torch.cat([targets, targets[:1]]))[:, 0]
+    assert found[-1] == 0  # below: d log p / d logit is 1 - p, and 1 * max_response divides
+    torch.testing.assert_close(found[:-1], weights * (p - 1) / 10)
 
 @pytest.mark.parametrize("name", PREFIX_LOSSES)
 def test_rollouts_are_left_out_exactly_if_their_gradient_is_zero(name):
@@ -785,14 +744,10 @@ def test_micro_batches_keep_within_the_budget_and_a_prompt_counts_once():
 def test_every_problem_comes_once_an_epoch_and_every_epoch_in_another_order():
     """Steps may straddle epochs; the order is the seed's."""
     task = Task([Problem([i], [], "") for i in range(10)], [], None)
-
-    def epochs(seed):
-        args = settings("--prompts", "4", "--seed", seed)
-        drawn = [p.prompt_ids[0] for step in range(5) for p in trapo.batch_at(step, task, args)]
-        return drawn[:10], drawn[10:]
-    first, second = epochs("0")
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second and epochs("0") == (first, second) != epochs("1")
+    orders = [[p.prompt_ids[0] for step in range(5) for p in trapo.batch_at(
+        step, task, settings("--prompts", "4", "--seed", seed))] for seed in "001"]
+    assert sorted(orders[0][:10]) == sorted(orders[0][10:]) == list(range(10))
+    assert orders[0][:10] != orders[0][10:] and orders[0] == orders[1] != orders[2]
 
 def step_of(base, *flags, reward=None, step=0):
     """One train_step on the base's rows: (metrics, groups)."""
@@ -801,25 +756,16 @@ def step_of(base, *flags, reward=None, step=0):
     task.reward = reward or task.reward
     return train_step(policy, sampler, optimizer, task, args, step)
 
-def test_rollouts_are_those_of_the_seed_and_the_step(base):
-    """The same again if both are the same, whatever was drawn before; else others."""
-    first, again, later, other = (
-        [r.completion for group in step_of(base, "--seed", seed, step=step)[1] for r in group]
-        for seed, step in (("0", 0), ("0", 0), ("0", 1), ("1", 0)))
-    assert again == first and later != first != other
-
 def test_metrics_and_log_probs_are_what_happened(base):
-    """Recounted from the rollouts. The update leaves log-probs and entropies on what it trained."""
-    def mean(values):
-        return pytest.approx(statistics.fmean(values), rel=1e-4)
-
-    metrics, groups = step_of(base, "--temperature", "0.7", "--alpha", "0.02",
-                              reward=lambda _, response: float(len(response) % 2))
+    """Recounted from the rollouts, which are those of the seed and the step. The update leaves
+    log-probs and entropies on what it trained."""
+    (metrics, groups), (_, again), (_, later), (_, other) = (step_of(
+        base, "--temperature", "0.7", "--alpha", "0.02", "--seed", seed, step=step,
+        reward=lambda _, response: float(len(response) % 2))
+        for seed, step in (("0", 0), ("0", 0), ("0", 1), ("1", 0)))
+    assert again == groups and later != groups != other
     rollouts = [r for group in groups for r in group]
     trained = [r for r in rollouts if not is_inert(r, "trsft")]
-    for group in groups:
-        baseline = statistics.fmean(r.reward for r in group)
-        assert all(r.advantage == pytest.approx(r.reward - baseline) for r in group)
     before, _ = load_policy(base)
     for r in trained:
         sequence, start = r.prompt + r.prefix + r.completion, len(r.prompt)
@@ -837,17 +783,11 @@ def test_metrics_and_log_probs_are_what_happened(base):
             "entropy": [x for r in trained for x in r.entropies[len(r.prefix):]],
             "prefix_p": p, "prefix_outside_share": [x < 0.02 for x in p],
             "prefix_weight": [min(x / 0.02, 1) for x in p]}.items():
-        assert metrics[name] == mean(values), name
+        assert metrics[name] == pytest.approx(statistics.fmean(values), rel=1e-4), name
     assert 0 < metrics["prefix_outside_share"] < 1 and metrics["logprob_gap"] < 1e-5
     assert metrics["tokens_generated"] == sum(len(r.completion) for r in rollouts)
     assert metrics["tokens_trained"] == sum(len(r.logprobs) for r in trained)
     assert metrics["rollouts_skipped"] == 32 - len(trained)
-
-def test_the_unguided_reward_is_that_of_the_first_micro_group_alone():
-    """Later rollouts are unguided only where the first ones went well: they would flatter."""
-    rollouts = [Rollout([3], [], [4], float(m > 0), m) for m in (0, 0, 0, 0, 1, 1, 2, 3)]
-    metrics = trapo.step_metrics(tiny_policy(), rollouts, 0.0, 1.0, Counter(began=0), settings())
-    assert metrics["reward_unguided"] == 0
 
 def tiny_run(base, out, *flags):
     """The command line of a run of about a second."""
@@ -859,7 +799,7 @@ def repeatable(folder):
             for line in metrics_of(folder)]
 
 def weights(folder):
-    return (trapo.model_folder(str(folder)) / "model.safetensors").read_bytes()
+    return trapo.model_folder(str(folder)).joinpath("model.safetensors").read_bytes()
 
 def assert_alike(a, b):
     """Two runs logged the same numbers and ended in the same weights, to 1e-5."""
@@ -876,36 +816,6 @@ def assert_same(run, other):
     assert repeatable(run) == repeatable(other) and weights(run) == weights(other)
     assert Path(run, "rollouts.jsonl").read_bytes() == Path(other, "rollouts.jsonl").read_bytes()
 
-@pytest.mark.parametrize("method, guided", [
-    ("trapo", [0, 1, 1, 1]), ("micro", [0, 1, 1, 1]), ("naive", [0, 1, 1, 1]),
-    ("micro-luffy", [0, 1, 1, 1]), ("fixed-prefix", [0, 1, 1, 1]), ("grpo", [0]), ("luffy", [0, 1]),
-    ("sft", [1])])
-def test_each_preset_runs(base, method, guided, monkeypatch):
-    """Two steps of each; a base that never succeeds gets all the help that its method knows."""
-    solutions = {row["solution"] for row in load_rows(str(Path(base).with_name("rows.jsonl")))}
-    monkeypatch.setattr(trapo, "grade", lambda text, answer: (float(text in solutions), ""))
-    main(tiny_run(base, "run", "--method", method))
-    steps = metrics_of("run")[-2:]
-    assert [line["step"] for line in steps] == [1, 2]
-    for line in steps:
-        assert [line[f"guided_{m + 1}"] for m in range(len(guided))] == guided
-        assert line["reward_unguided"] in (0, None) and math.isfinite(line["grad_norm"])
-        assert (line["prefix_p"] is None) == (method == "grpo")
-        assert (line["tokens_generated"] == 0) == (method == "sft")
-    assert (weights("run") == weights(base)) == (method == "grpo")  # no reward, no gradient
-
-def test_speed_flags_change_no_result(base):
-    """Speculation draws other rollouts; recomputation and the cache's size change nothing."""
-    main(tiny_run(base, "plain"))
-    main(tiny_run(base, "slim", "--recompute", "--kv-tokens", "60"))
-    args = parse_args(tiny_run(base, "other", "--recompute"))
-    assert trapo.prepare(args)[0].is_activation_checkpointing
-    assert_alike("plain", "slim")
-    main(tiny_run(base, "ahead", "--steps", "1", "--speculate"))
-    plain, ahead = ([line["tokens_generated"] for line in metrics_of(run) if line["step"] == 1]
-                    for run in ("plain", "ahead"))
-    assert ahead > plain
-
 def not_finite_at(*steps):
     """group_advantages that turns to NaN in the given train steps of a prompt, counted from 1."""
     calls = iter(range(1, 1000))
@@ -913,9 +823,7 @@ def not_finite_at(*steps):
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_reported(base, monkeypatch, capsys):
     """The weights stay, the run goes on, metrics and a line say so; Adam's first step may be late.
-
-    If it is the first that is skipped, a resumed run starts with Adam's first, too: bit for bit.
-    """
+    If it is the first that is skipped, a resumed run starts with Adam's first, too: bit for bit."""
     flags = ("--prompts", "1", "--save-every", "1", "--warmup", "0", "--method", "fixed-prefix")
     for name, step, steps in (("run", 2, "3"), ("late", 1, "1"), ("whole", 1, "2")):
         monkeypatch.setattr(trapo, "group_advantages", not_finite_at(step))
@@ -931,24 +839,17 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_reported(base, monke
 
 RAGGED = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [3, 4, 5], [14, 15], [16, 17, 18]] * 3
 LIMITS = [9, 12, 5, 1, 0, 12] * 3
+UNIFORMS = torch.rand(18, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def policy():
     return tiny_policy()
 
-@pytest.fixture
-def uniforms():
-    """Random numbers for RAGGED."""
-    return torch.rand(len(RAGGED), max(LIMITS), dtype=torch.float64,
-                      generator=torch.Generator().manual_seed(0))
-
 @pytest.mark.parametrize("temperature, room", [(0.0, 128), (0.0, 2), (1.0, 3), (0.6, 128)])
 def test_the_samplers_log_probs_are_those_of_full_forwards(policy, temperature, room, monkeypatch):
     """Of what was drawn, under softmax(logits / temperature); greedy reports softmax(logits), and
     draws what model.generate does. Any EOS id ends a row, as its last token; or the limit does.
-
-    Rows finish at different times, and with little room the batch is moved often.
-    """
+    Rows finish at different times, and with little room the batch is moved often."""
     monkeypatch.setattr(trapo, "ROOM", room)
     torch.manual_seed(1)
     completions, logprobs = sample(policy, RAGGED, LIMITS, temperature)
@@ -959,6 +860,7 @@ def test_the_samplers_log_probs_are_those_of_full_forwards(policy, temperature, 
         assert len(completion) == limit or completion[-1] in EOS and len(completion) < limit
         assert not set(completion[:-1]) & set(EOS)
     assert {1, 2} & {c[-1] for c in completions if c} and 12 in map(len, completions)
+    assert sample(policy, [], []) == ([], []) and policy.training  # as it was before
     clean = copy.deepcopy(policy)
     clean.generation_config = transformers.GenerationConfig(eos_token_id=EOS, pad_token_id=0)
     for request, limit, completion in zip(RAGGED, LIMITS, completions):
@@ -968,11 +870,9 @@ def test_the_samplers_log_probs_are_those_of_full_forwards(policy, temperature, 
                 *request, *completion]
 
 def test_samples_come_from_the_exact_policy():
-    """Frequencies of all completions against their probabilities: no top-k, top-p, or penalty.
-
-    Two prompts of different length, up to 2 tokens of a vocabulary of 6, temperature 0.8:
-    Pearson's chi-square, 25 degrees of freedom each, stays below 25 + 5 sqrt(2 * 25).
-    """
+    """Frequencies of all completions against their probabilities: no top-k, top-p, or penalty. Two
+    prompts of different length, up to 2 tokens of a vocabulary of 6, temperature 0.8: Pearson's
+    chi-square, 25 degrees of freedom each, stays below 25 + 5 sqrt(2 * 25)."""
     policy, n = tiny_policy(vocabulary=6, seed=3), 4000
     torch.manual_seed(0)
     completions, _ = sample(policy, [[3]] * n + [[4, 5, 3]] * n, [2] * (2 * n), 0.8)
@@ -986,11 +886,9 @@ def test_samples_come_from_the_exact_policy():
             chi_square += (counts[completion] - expected) ** 2 / expected
         assert chi_square < 25 + 5 * math.sqrt(50)
 
-def test_what_a_request_draws_depends_on_its_random_numbers_alone(policy, uniforms, monkeypatch):
-    """Whatever --kv-tokens splits, however often the batch moves, and wherever a request stands.
-
-    A batch's rows times the longest request with its limit keep within --kv-tokens, or it is one.
-    """
+def test_what_a_request_draws_depends_on_its_random_numbers_alone(policy, monkeypatch):
+    """Whatever --kv-tokens splits, however often the batch moves, and wherever a request stands. A
+    batch's rows times the longest request with its limit keep within --kv-tokens, or it is one."""
     decode, sizes = trapo.decode, []
 
     def measured(policy, requests, limits, *rest):
@@ -998,56 +896,34 @@ def test_what_a_request_draws_depends_on_its_random_numbers_alone(policy, unifor
         sizes.append((len(requests), len(requests) * longest))
         return decode(policy, requests, limits, *rest)
     monkeypatch.setattr(trapo, "decode", measured)
-    completions, logprobs = sample(policy, RAGGED, LIMITS, uniforms=uniforms)
-    for room, budget, batches in ((128, 1, 18), (128, 40, None), (1, 1000, 1), (2, 40, None)):
+    completions, logprobs = sample(policy, RAGGED, LIMITS, uniforms=UNIFORMS)
+    for room, budget, batches in ((128, 1, [18]), (128, 40, range(2, 18)), (1, 1000, [1]),
+                                  (2, 40, range(2, 18))):
         monkeypatch.setattr(trapo, "ROOM", room)
         sizes.clear()
-        others, values = sample(policy, RAGGED[::-1], LIMITS[::-1], uniforms=uniforms.flip(0),
+        others, values = sample(policy, RAGGED[::-1], LIMITS[::-1], uniforms=UNIFORMS.flip(0),
                                 kv_tokens=budget)
         assert others[::-1] == completions
         for a, b in zip(logprobs, values[::-1]):
             assert a == pytest.approx(b, abs=1e-9)
-        assert sum(rows for rows, _ in sizes) == 18 and len(sizes) == batches or 1 < len(sizes) < 18
+        assert sum(rows for rows, _ in sizes) == 18 and len(sizes) in batches
         assert all(rows == 1 or tokens <= budget for rows, tokens in sizes)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_a_cuda_graph_draws_what_the_cpu_draws(uniforms, monkeypatch):
+def test_a_cuda_graph_draws_what_the_cpu_draws(monkeypatch):
     """The same completions from the same numbers, however often the graph is captured anew."""
     monkeypatch.setattr(trapo, "ROOM", 2)
     (here, expected), (there, found) = (
-        sample(tiny_policy().to(device), RAGGED, LIMITS, uniforms=uniforms)
+        sample(tiny_policy().to(device), RAGGED, LIMITS, uniforms=UNIFORMS)
         for device in ("cpu", "cuda"))
     assert there == here
     for a, b in zip(found, expected):
         assert a == pytest.approx(b, abs=1e-6)
 
-def test_sampling_leaves_the_policy_as_it_was(policy):
-    """Train or eval mode, no gradients; and nothing to draw is no error."""
-    for mode in (True, False):
-        policy.train(mode)
-        assert sample(policy, [[3, 4]], [0]) == ([[]], [[]])
-        sample(policy, [[3, 4]], [3])
-        assert policy.training is mode
-    assert sample(policy, [], []) == ([], [])
-    assert all(p.requires_grad and p.grad is None for p in policy.parameters())
-
-def test_tokens_drawn_by_hand():
-    """Probabilities 1/2, 0, 1/4, 1/4 cut the numbers in [0, 1) at 0.5 and 0.75."""
-    uniforms = torch.tensor([0, 0.25, 0.5 - 2 ** -53, 0.5, 0.75 - 2 ** -53, 0.75, 1 - 2 ** -53],
-                            dtype=torch.float64)
-    logits = torch.tensor([math.log(2), -INF, 0, 0]).repeat(len(uniforms), 1)
-    tokens, logprobs = draw_tokens(logits, uniforms, 1.0)
-    assert tokens.tolist() == [0, 0, 0, 2, 2, 3, 3]
-    expected = [math.log(x) for x in (0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25)]
-    assert logprobs.tolist() == pytest.approx(expected)
-    assert draw_tokens(logits, uniforms, 0.0)[0].tolist() == [0] * 7
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_long_tail_is_drawn_exactly(temperature):
-    """Against numpy's inverse CDF in float64: 151 936 tokens, half the mass in tiny ones.
-
-    Tokens of weight zero, at both ends, here and there, and whole stretches, are never drawn.
-    """
+    """Against numpy's inverse CDF in float64: 151 936 tokens, half the mass in tiny ones. Tokens of
+    weight zero, at both ends, here and there, and whole stretches, are never drawn."""
     size, random_numbers = 151_936, torch.Generator().manual_seed(0)
     logits = torch.randn(size, generator=random_numbers) * temperature
     logits[77_777] = temperature * math.log(2.5e5)  # about half; the others some 1e-6 each
@@ -1078,10 +954,7 @@ PLAIN_ROWS = [{"problem": f"What is {n} and {n}?",
 @pytest.fixture(scope="module")
 def tokenizer():
     """A small byte-level BPE like Qwen's, with its special tokens and a ChatML template."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    qwen = transformers.Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        setattr(bpe, part, getattr(qwen, part))
+    bpe = transformers.Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     texts = [" ".join(row.values()) for row in PLAIN_ROWS] + [trapo.INSTRUCTION + " user"] * 20
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
@@ -1139,9 +1012,7 @@ def test_loaded_policies_have_fp32_master_weights_and_no_dropout(stand_in):
 def test_what_the_chat_template_prints_after_an_answer_ends_a_response_and_a_solution(
         stand_in, tokenizer, eos):
     """Qwen's base models stop at <|im_end|>, though their config names <|endoftext|> alone.
-
-    Sampling defaults, which may contradict each other, are not kept: none could be saved.
-    """
+    Sampling defaults, which may contradict each other, are not kept: none could be saved."""
     turn, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     put(like(stand_in, tokenizer, eos_token=eos) + "/generation_config.json",
         json.dumps({"eos_token_id": end, "temperature": 0.9, "do_sample": True}))
@@ -1211,12 +1082,11 @@ def test_rows_of_gsm8k_of_openr1_and_plain_ones_become_problems(tokenizer, row, 
     assert found == [text + "<|im_end|>" for text in solutions] and right == answer
 
 def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
-    """With the usual instruction, and the assistant's turn opened. A special token in a problem is
-    text. A plain prompt begins with the BOS that the tokenizer adds; an EOS behind it goes."""
+    """With INSTRUCTION, and the assistant's turn opened. A special token in a problem is text. A
+    plain prompt begins with the BOS that the tokenizer adds; an EOS behind it is taken off."""
     asked = PLAIN_ROWS[0]["problem"] + "\n" + trapo.INSTRUCTION
     ((chat, _, _),) = read(tokenizer, PLAIN_ROWS[0])
     assert chat == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-    assert "reason step by step" in asked and "\\boxed{}" in asked
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert trapo.prompt_tokens("What ends <|im_end|> here?", tokenizer).count(end) == 1
     bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -1240,9 +1110,8 @@ def test_a_template_may_print_the_date_or_open_the_thoughts(tokenizer):
         ((_, solutions, _),) = read(other, PLAIN_ROWS[0] | {"solution": text})
         assert solutions == [expected + "<|im_end|>"]
 
-@pytest.mark.parametrize("changes", [
-    {"answer": ""}, {"answer": None}, {"problem": ""}, {"problem": None},
-    {"problem": "long " * 300}, {"solution": "long " * 300}])
+@pytest.mark.parametrize("changes", [{"answer": ""}, {"answer": None}, {"problem": None}, {
+    "problem": ""}, {"problem": "long " * 300}, {"solution": "long " * 300}])
 def test_rows_that_cannot_be_used_are_dropped_and_counted_in_one_line(changes, tokenizer, capsys):
     """Nothing there, or too long: the other rows are kept."""
     row = PLAIN_ROWS[0]
@@ -1291,14 +1160,13 @@ def test_the_last_rows_are_held_out_a_tenth_at_most_or_those_of_another_file(tok
     assert split(PLAIN_ROWS[3:], "--test", test, "--eval-size", "4")[1:] == (known[5:], known[1:5])
 
 def real_rows(name):
-    """The shortest rows of GSM8K, or rows as in OpenR1."""
+    """Rows as in OpenR1, or GSM8K's shortest."""
     if name == "openr1":
         return [openr1(row["problem"], f"<think>\n{row['solution']}\n</think>\nSo.", row["answer"])
                 for row in PLAIN_ROWS]
-    path = DATA / "gsm8k_train.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return sorted(load_rows(str(path)), key=lambda row: len(row["answer"]))[:24]
+    if not DATA.exists():
+        pytest.skip(f"{DATA} is not there")
+    return sorted(load_rows(f"{DATA}/gsm8k_train.jsonl"), key=lambda row: len(row["answer"]))[:24]
 
 @pytest.mark.parametrize("name", ["gsm8k", "openr1"])
 def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(name, stand_in):
@@ -1307,56 +1175,50 @@ def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(name
     main(["--model", stand_in, "--dataset", "rows.parquet", "--out", "run", "--steps", "2",
           "--prompts", "2", "--max-prompt", "900", "--max-response", "70", "--eval-size", "1",
           "--lr", "1e-3", "--device", "cpu"])
-    steps = metrics_of("run")[1:]
-    assert [line["guided"] for line in steps] == [0.5, 0.5]  # a random policy needs all the help
-    assert all(line["tokens_trained"] > 0 and line["logprob_gap"] < 1e-4 for line in steps)
-    assert steps[0]["reward_guided"] >= 0.25  # the experts' whole solutions verify
+    _, first, second = metrics_of("run")
+    assert first["guided"] == second["guided"] == 0.5  # a random policy needs all the help
+    assert first["reward_guided"] >= 0.25  # the experts' whole solutions verify
+    assert first["logprob_gap"] < 1e-4
     assert not logging.getLogger("math_verify").isEnabledFor(logging.ERROR)  # it has much to say
     again, origin = map(transformers.AutoModelForCausalLM.from_pretrained, ("run/model", stand_in))
     policy, _ = load_policy("run/checkpoint-2")
     ids = torch.arange(1, 40)[None]
-    with torch.no_grad():
-        logits = policy(ids).logits
-        assert torch.equal(again(ids).logits, logits)
-        assert not torch.allclose(origin(ids).logits, logits, atol=1e-3)
+    assert torch.equal(again(ids).logits, policy(ids).logits)
+    assert not torch.allclose(origin(ids).logits, policy(ids).logits, atol=1e-3)
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()  # tied
     assert set(again.generation_config.eos_token_id) == set(origin.generation_config.eos_token_id)
     saved, given = map(transformers.AutoTokenizer.from_pretrained, ("run/model", stand_in))
-    text = "<|im_start|>user\nWhat is 2+2?\n\n<|im_end|>"
-    assert saved(text).input_ids == given(text).input_ids and saved.chat_template == CHATML
+    assert saved.get_vocab() == given.get_vocab() and saved.chat_template == CHATML
 
 # ==== Part 8. The sampler's copy, and processes
 
-def test_the_samplers_copy_is_in_bf16_and_the_master_weights_are_not(stand_in, monkeypatch):
-    """Cast parameter by parameter, tied ones stay tied; RoPE's buffers stay fp32."""
+def test_with_bf16_the_sampler_and_the_update_compute_in_it_and_master_weights_are_fp32(
+        stand_in, base, monkeypatch):
+    """Cast parameter by parameter, tied ones stay tied; RoPE's buffers and gradients stay fp32.
+    Log-probs are close to those of fp32, but not equal; so is what the sampler noted."""
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__",
                         lambda *_: pytest.fail("a second fp32 model was made"))
     policy, _ = load_policy(stand_in)
     sampler = trapo.make_sampler(policy, settings("--bf16"))
     assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in (*policy.parameters(), *sampler.buffers())} == {torch.float32}
     assert sampler.lm_head.weight is sampler.model.embed_tokens.weight
     assert not any(p.requires_grad for p in sampler.parameters())
     assert trapo.make_sampler(policy, settings("--no-bf16")) is policy
-    with torch.no_grad():
-        policy.lm_head.weight += 1
-    trapo.refresh(sampler, policy)
-    for mine, master in zip(sampler.parameters(), policy.parameters(), strict=True):
-        assert torch.equal(mine, master.bfloat16())
-
-def test_with_bf16_the_update_computes_in_it_and_collects_gradients_in_fp32(base):
-    """Log-probs close to those of fp32, but not equal to them; so is what the sampler noted."""
-    policy, _ = load_policy(base)
     rollouts = [replace(r) for r in BATCH]
     accumulate_gradients(policy, rollouts, settings("--bf16"))
     for r in rollouts[:3]:
         expected = naive(policy, r.prompt + r.prefix + r.completion, len(r.prompt)).tolist()
         assert r.logprobs == pytest.approx(expected, abs=0.1)
         assert r.logprobs != pytest.approx(expected, abs=1e-5)
-    assert {p.grad.dtype for p in policy.parameters()} == {torch.float32}
+    with torch.no_grad():
+        policy.lm_head.weight += 1
+    trapo.refresh(sampler, policy)
+    for mine, master in zip(sampler.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(mine, master.bfloat16()) and master.grad.dtype == torch.float32
     main(tiny_run(base, "run", "--steps", "1", "--bf16"))
     assert 1e-5 < metrics_of("run")[-1]["logprob_gap"] < 0.1
-    assert {x.dtype for x in safetensors.torch.load(weights("run")).values()} == {torch.float32}
+    for tensor in (*sampler.buffers(), *safetensors.torch.load(weights("run")).values()):
+        assert tensor.dtype == torch.float32
 
 def test_held_out_draws_do_not_depend_on_the_number_of_processes(base, monkeypatch):
     """Every problem has its own random numbers, whichever process draws for it."""
@@ -1393,11 +1255,9 @@ trapo.main(last)
 
 @pytest.fixture(scope="module")
 def two(base, stand_in, tmp_path_factory):
-    """A folder in which torchrun's two processes did what the tests below look at.
-
-    SFT draws nothing, so it can be compared number by number: two steps each by one, two, and one
-    process. Five prompts in small micro-batches: the processes have different numbers of them.
-    """
+    """A folder in which torchrun's two processes did what the tests below look at. SFT draws
+    nothing, so it can be compared number by number: two steps each by one, two, and one process.
+    Five prompts in small micro-batches: the processes have different numbers of them."""
     folder = tmp_path_factory.mktemp("two")
     flags = ["--method", "sft", "--prompts", "5", "--micro-tokens", "40", "--save-every", "2"]
     main(tiny_run(base, folder / "alone", *flags, "--steps", "6"))
@@ -1415,9 +1275,7 @@ def two(base, stand_in, tmp_path_factory):
 
 def test_two_processes_do_the_work_of_one(two):
     """Losses, norms, counts and weights; a process may have no prompt; an error in one ends both.
-
-    With its traceback, and at once: destroy_process_group would wait for the other, up to a day.
-    """
+    With its traceback, and at once: destroy_process_group would wait for the other, up to a day."""
     folder, done = two
     assert [line["step"] for line in metrics_of(folder / "run")][-2:] == [3, 4], done.stderr
     main(["--resume", "--out", str(folder / "run"), "--steps", "6"])
@@ -1438,8 +1296,7 @@ processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "m
 def at_call(place, call, action, patch):
     """Let the given call, from 1, of a "module function" do something before it does its work."""
     module, name = place.split()
-    module = {"trapo": trapo, "evaluation": evaluation, "torch": torch, "os": os,
-              "shutil": shutil}[module]
+    module = sys.modules[module]
     function, calls = getattr(module, name), iter(range(1, 10 ** 9))
 
     def replaced(*args, **kwargs):
@@ -1449,8 +1306,7 @@ def at_call(place, call, action, patch):
     patch.setattr(module, name, replaced)
 
 def raising(error):
-    """A function that raises this."""
-    def fail(*_, **__):
+    def fail():
         raise error
     return fail
 
@@ -1459,7 +1315,8 @@ def die_at(place, call, argv):
     at_call(place, call, lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())
     main(argv)
 
-LONGER = ("--steps", "4", "--save-every", "2", "--eval-every", "2", "--eval-size", "1")
+LONGER = ("--steps", "4", "--save-every", "2", "--eval-every", "2", "--eval-size", "1",
+          "--recompute", "--speculate")
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
@@ -1468,30 +1325,29 @@ def whole(base, tmp_path_factory):
     main(tiny_run(base, folder, *LONGER))
     return folder
 
-def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(whole):
-    """Each model's folder is whole, nothing unfinished stays; and all settings are remembered."""
+def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(whole, capsys):
+    """Nothing unfinished stays. A resumed run remembers all settings, goes on where it is, not in
+    the folder it names, and says what its settings lack, which counts as the default."""
     assert {path.name for path in whole.iterdir()} == {
         "checkpoint-2", "checkpoint-4", "defaults.json", "metrics.jsonl", "model",
         "rollouts.jsonl", "settings.json", "tokenizer"}
-    for folder in (whole / "model", whole / "checkpoint-2", whole / "checkpoint-4"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(folder)
     assert weights(whole) == weights(whole / "checkpoint-4") != weights(whole / "checkpoint-2")
     both = ["held out", "held out, greedy"]
     assert [(line["step"], list(line.get("eval", {}))) for line in metrics_of(whole)] == [
         (0, both), (1, []), (2, both[:1]), (3, []), (4, both)]
-    shutil.copytree(whole, "moved")  # a run goes on where it is, not in the folder it names
-    main("--resume --out moved --steps 5".split())
-    before, after = (json.loads(Path(run, "settings.json").read_text()) for run in (whole, "moved"))
-    assert after == before | {"steps": 5, "resume": True, "out": "moved"}
+    before = json.loads((whole / "settings.json").read_text())
     assert set(before) == {f.name for f in fields(Settings)}
+    shutil.copytree(whole, "moved")
+    put("moved/settings.json", json.dumps({k: v for k, v in before.items() if k != "save_every"}))
+    main("--resume --out moved --steps 5".split())
+    assert "settings.json lacks save_every: the defaults" in capsys.readouterr().out
+    assert json.loads(Path("moved/settings.json").read_text()) == before | {
+        "save_every": 50, "steps": 5, "resume": True, "out": "moved"}
     assert [path.name for path in checkpoints(Path("moved"))] == ["checkpoint-4", "checkpoint-5"]
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, whole):
     """kill -9 amid rollouts, the update, the log and the writing of checkpoints: nothing is lost.
-
-    Every attempt goes on from where the one before was killed, whatever that left half done.
-    """
+    Every attempt goes on from where the one before was killed, whatever that left half done."""
     for place, call in (("trapo write_whole", 4), ("trapo sample", 1), ("trapo refresh", 3),
                         ("trapo write_whole", 2), ("torch save", 1), ("os replace", 5),
                         ("trapo step_metrics", 2), ("shutil rmtree", 3), ("os replace", 5)):
@@ -1520,7 +1376,7 @@ def test_a_longer_run_replaces_the_model_or_loses_none(base, whole, call):
     assert weights("run") == weights(whole) and not list(Path("run").glob(".*"))
 
 @pytest.mark.parametrize("place, call, number", [
-    ("trapo sample", 10, signal.SIGTERM), ("trapo refresh", 2, signal.SIGINT),
+    ("trapo sample", 4, signal.SIGTERM), ("trapo refresh", 2, signal.SIGINT),
     ("trapo save", 1, signal.SIGINT)])
 def test_ctrl_c_and_sigterm_finish_the_step_and_save_it(
         base, whole, place, call, number, monkeypatch, capsys):
@@ -1549,9 +1405,7 @@ def test_a_second_ctrl_c_ends_the_program_at_once(base, monkeypatch, capsys):
     (safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True)])
 def test_a_full_disk_is_one_line_and_loses_nothing(base, error, advice, capsys):
     """The checkpoint before stays, --resume goes on from it; no other error advises to free space.
-
-    A last line that was torn is cut off, behind an inner brace too.
-    """
+    A last line that was torn is cut off, behind an inner brace too."""
     flags = ("--steps", "3", "--save-every", "1")
     main(tiny_run(base, "whole", *flags))
     with pytest.MonkeyPatch.context() as patch:
@@ -1570,10 +1424,8 @@ def test_two_groups_are_kept_and_one_is_shown_at_each_evaluation(base, capsys):
     main(tiny_run(base, "run", "--steps", "5", "--eval-every", "2"))
     kept = [json.loads(line) for line in Path("run/rollouts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [2, 2, 4, 4, 5, 5]
-    for line in kept:
-        group = [Rollout(**fields) for fields in line["rollouts"]]
+    for group in ([Rollout(**fields) for fields in line["rollouts"]] for line in kept):
         assert [r.micro_group for r in group] == [0, 0, 0, 0, 1, 1, 2, 3]
-        assert all(len(r.completion) == len(r.sampler_logprobs) for r in group)
         assert all(len(r.logprobs) in (0, len(r.prefix + r.completion)) for r in group)
     output = capsys.readouterr().out
     assert len(re.findall(r"reward [01], A [+-]\d\.\d\d:  ", output)) == 3 * 8
@@ -1630,28 +1482,19 @@ def state(at, change):
     safetensors.torch.save_file(found, "copied/model.safetensors", {"format": "pt"})
     return model("copied")
 
-def built(at, name, tokenizer=None, **changes):
-    """A small random model of another kind."""
-    config = transformers.AutoConfig.for_model(name, **dict(
-        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, pad_token_id=0,
-        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, eos_token_id=2,
-        bos_token_id=None) | changes)
+def built(at, name, **changes):
+    """A small random model of another kind, with the stand-in's tokenizer."""
     torch.manual_seed(0)
-    for part in transformers.AutoModelForCausalLM.from_config(config), tokenizer or at.tokenizer:
-        part.save_pretrained("built")
+    transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        name, vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, pad_token_id=0,
+        eos_token_id=2, bos_token_id=None, **changes)).save_pretrained("built")
+    at.tokenizer.save_pretrained("built")
     return model("built")
 
-def without_eos(at):
-    words = clock.make_tokenizer()
-    words.eos_token = words.chat_template = None
-    return built(at, "llama", words)
-
 def held(at):
+    """The command line of a run in a folder that is locked."""
     at.enter(trapo.locked(Path("run")))
-    return tiny_run(at.base, "run")
-
-def without_torchrun(at):
-    at.setenv("WORLD_SIZE", "2")
     return tiny_run(at.base, "run")
 
 def resumed(at, name, content, *flags):
@@ -1687,24 +1530,25 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
         ("--ratios 0 0.5", "--ratios"), ("--sizes 4 2", "--sizes"), ("3", "3"),
         ("--overwrite", "--overwrite"), ("--dataset nowhere", "nowhere.*gsm8k"),
         ("--test no.jsonl", "no.jsonl"), ("--out runs/checkpoint-3", "--out .*another"),
-        ("--resume --out typo", "typo/settings.json"))),
+        ("--resume --out typo", "typo/settings.json"),
+        *[("--device cuda", "--device cpu")] * (not torch.cuda.is_available()))),
     ("a newline in a name", lambda at: ["--dataset", "no\nfile"], r"no\\nfile"),
     ("--out is a file", lambda at: put("rows.csv", "", tiny_run(at.base, "rows.csv")), "rows.csv"),
     ("a folder that holds a thesis", lambda at: put(
         "out/thesis.tex", "all of it", tiny_run(at.base, "out")), "not empty.*--resume"),
     ("a finished run, without --resume", lambda at: resumed(at, "notes", "")[1:], "not empty"),
     ("another program writes there", held, "another program"),
-    ("several processes, but no torchrun", without_torchrun, "torchrun"),
+    ("several processes, but no torchrun", lambda at: at.setenv("WORLD_SIZE", "2") or tiny_run(
+        at.base, "run"), "torchrun"),
     # ---- models
     ("no such Qwen", lambda at: model("No-Such-Model"), "No-Such-Model.*folder"),
-    ("no such Hub id", lambda at: model("someone/no-such-model"), "someone/no-such-model"),
     ("a folder of no model", lambda at: put("empty/notes", "", model("empty")), "empty"),
     ("a torn config", lambda at: other(at, "config.json", "{"), "copied"),
     ("torn weights", lambda at: other(at, "model.safetensors", "torn"), "copied"),
     ("a LoRA adapter", lambda at: other(at, "adapter_config.json", "{}"), "adapter.*merge"),
-    ("a broken template", lambda at: other(at, "chat_template.jinja", "{% for m in %}"), "copied"),
     ("a template that wants parts", lambda at: other(at, "chat_template.jinja", PARTS), "template"),
-    ("no EOS", without_eos, "no EOS"),
+    ("no EOS", lambda at: put("built/chat_template.jinja", "", put(
+        "built/tokenizer_config.json", {"eos_token": None}, built(at, "llama"))), "no EOS"),
     ("a missing layer", lambda at: state(at, lambda name, x: None if "1.mlp.up" in name else x),
      "missing_keys.*layers.1.mlp.up"),
     ("biases that the class lacks", lambda at: put(
@@ -1714,8 +1558,7 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("more ids than embeddings", lambda at: model(like(at.base, at.tokenizer)), "more ids than"),
     ("capped logits", lambda at: built(at, "gemma2", head_dim=8, final_logit_softcapping=1.0),
      "capped|slides"),
-    ("multiplied logits", lambda at: built(at, "cohere", logit_scale=0.25), "scaled"),
-    ("divided logits", lambda at: built(at, "granite", logits_scaling=4.0), "scaled"),
+    ("scaled logits", lambda at: built(at, "cohere", logit_scale=0.25), "scaled"),
     ("attention that slides", lambda at: built(at, "mistral", sliding_window=4096), "slides"),
     ("beyond the model's context", lambda at: rows(at, PLAIN_ROWS, "--max-response", "525"),
      "1025.*1024.*running.md"),
@@ -1728,10 +1571,9 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("rows that are nested too deep", lambda at: rows(at, DEEP), "line 1"),
     ("no JSON", lambda at: rows(at, b'{"problem": "P"}\n\nno'), "line 3"),
     ("Latin-1", lambda at: rows(at, '["\u00e9"]'.encode("latin-1")), "found.jsonl.*utf-8.*UTF-8"),
-    ("an empty file", lambda at: rows(at, b""), "no usable row"),
+    ("no usable rows", lambda at: rows(at, [P | {"answer": ""}]), "no usable row.*1 no problem"),
     ("half a parquet", lambda at: put("x.parquet", "PAR1", rows(at, [], "--dataset", "x.parquet")),
      "x.parquet"),
-    ("empty answers", lambda at: rows(at, [P | {"answer": ""}]), "no usable row.*1 no problem"),
     ("nothing left to train on", lambda at: rows(at, [P] * 10), "all problems are held out"),
     ("nothing to imitate", lambda at: rows(at, [P] * 9, "--method", "sft"), "needs solutions"),
     ("GSM8K without a network", lambda at: rows(at, [], "--dataset", "gsm8k"), "openai/gsm8k"),
@@ -1757,7 +1599,6 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
     # ---- defaults.json
     ("defaults.json with alpha", lambda at: beside(at, '{"alpha": 0.5}'), "defaults.json.*alpha"),
-    ("defaults.json, torn", lambda at: beside(at, '{"steps":'), "defaults.json"),
     ("defaults.json, a list", lambda at: beside(at, '{"steps": [3]}'), "defaults.json.*steps")]
 
 def assert_refused(make, words, at, capsys, program=main):
@@ -1782,30 +1623,15 @@ def test_what_cannot_be_used_is_refused_in_one_line(
                                           whole=whole, setenv=monkeypatch.setenv), capsys)
     own_world.clear()  # transformers reports missing layers, too
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_that_is_not_there_is_refused_in_one_line(capsys):
-    assert "--device cpu" in refusal(["--device", "cuda"], capsys)
-
-def test_what_a_resumed_run_lacks_in_its_settings_is_named(whole, capsys):
-    """And counts as the default."""
-    shutil.copytree(whole, "run")
-    before = json.loads(Path("run/settings.json").read_text())
-    put("run/settings.json", json.dumps({k: v for k, v in before.items() if k != "save_every"}))
-    main(["--resume", "--out", "run", "--steps", "5"])
-    assert "settings.json lacks save_every: the defaults" in capsys.readouterr().out
-    assert json.loads(Path("run/settings.json").read_text()) == before | {
-        "save_every": 50, "steps": 5, "resume": True, "out": "run"}
-
-def test_a_model_brings_defaults_that_typed_flags_go_over(base):
+@pytest.mark.parametrize("flags, dataset, prompts, eval_size", [
+    ("", "rows.jsonl", 2, 0), ("--prompts 3 --method grpo", "rows.jsonl", 3, 0),
+    ("--dataset gsm8k", "gsm8k", 32, 200)])
+def test_a_model_brings_defaults_that_typed_flags_go_over(base, flags, dataset, prompts, eval_size):
     """Its folder, or the one around it; file names as seen from there. --dataset cancels all."""
-    found = str(Path(base).with_name("rows.jsonl"))
-    args = parse_args(["--model", base])
-    assert (args.dataset, args.prompts, args.eval_size, args.device) == (found, 2, 0, "cpu")
-    assert args.out == f"runs/{Path(base).parent.name}-trapo-seed0"
-    args = parse_args(["--model", base, "--prompts", "3", "--method", "grpo"])
-    assert (args.dataset, args.prompts, args.sizes) == (found, 3, [8])
-    args = parse_args(["--model", base, "--dataset", "gsm8k"])
-    assert (args.dataset, args.prompts, args.eval_size) == ("gsm8k", 32, 200)
+    args = parse_args(["--model", base, *flags.split()])
+    assert (args.dataset, args.prompts, args.eval_size) == (
+        dataset.replace("rows", f"{Path(base).parent}/rows"), prompts, eval_size)
+    assert args.out == f"runs/{Path(base).parent.name}-{args.method}-seed0"
 
 def test_sft_then_rl_is_two_commands(base):
     """A run's folder is a model, with its data and lengths; never lr, steps, or the method."""
@@ -1813,12 +1639,12 @@ def test_sft_then_rl_is_two_commands(base):
     assert json.loads(Path("runs/sft/defaults.json").read_text()) == {
         "dataset": str(Path(base).with_name("rows.jsonl")), "test": None, "max_prompt": 12,
         "max_response": 12}
-    flags = "--method grpo --prompts 2 --eval-size 0 --device cpu --steps".split()
-    for more in (["1"], ["2", "--resume"]):  # --out follows from the model, method and seed
-        main(["--model", "runs/sft", *flags, *more])
-    assert parse_args(["--model", "runs/sft/checkpoint-1"]).out == "runs/sft-trapo-seed0"
+    for steps in ("1", "2 --resume"):  # --out follows from the model, method and seed
+        main("--model runs/sft --method grpo --prompts 2 --eval-size 0 --device cpu --steps".split()
+             + steps.split())
     assert [line["step"] for line in metrics_of("runs/sft-grpo-seed0")][-2:] == [1, 2]
-    assert json.loads(Path("runs/sft-grpo-seed0/settings.json").read_text())["lr"] == 5e-6
+    args = parse_args(["--model", "runs/sft/checkpoint-1"])
+    assert (args.out, args.lr, args.max_response) == ("runs/sft-trapo-seed0", 5e-6, 12)
 
 def test_the_embedded_experiment_is_a_model_with_its_defaults():
     """.clock beside trapo.py: `python trapo.py` trains on it."""
@@ -1904,8 +1730,7 @@ def test_rescore_grades_saved_samples_without_a_model(monkeypatch):
     monkeypatch.setattr(evaluation, "load_policy", None)
     evaluation.main(["model", "gone", "--rescore", "--out", "."])
     assert results()["benchmarks"]["b"]["avg@k"] == 0.5 and results()["settings"] == {"seed": 0}
-    assert [(r["correct"], r["note"]) for r in evaluation.read_saved(Path("."))[1]] == [
-        (1.0, ""), (0.0, "no answer found")]
+    assert [r["note"] for r in evaluation.read_saved(Path("."))[1]] == ["", "no answer found"]
 
 @pytest.mark.parametrize("source, answer, problems, samples", [
     (PLAIN_ROWS[:3] * 4, "4", 3, 4), ("valid.aime.parquet", "204", 30, 32),
@@ -1955,7 +1780,7 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
     argv = ["model", stand_in, *FEW, "--out"]
     evaluation.main([*argv, "whole"])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        at_call("evaluation sample", 2, raising(KeyboardInterrupt), patch)
+        at_call("eval sample", 2, raising(KeyboardInterrupt), patch)
         evaluation.main([*argv, "cut"])
     shutil.copy("few.jsonl", "more.jsonl")
     evaluation.main([*argv, "cut", "--on", "more.jsonl"])
@@ -1964,7 +1789,7 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
         "few": (4, 10), "more": (10, 10)}
     for calls in (2, 0):
         with pytest.MonkeyPatch.context() as patch:
-            at_call("evaluation sample", calls + 1, raising(AssertionError), patch)
+            at_call("eval sample", calls + 1, raising(AssertionError), patch)
             evaluation.main([*argv, "cut"])
     found, _ = Path("cut/samples.jsonl").read_text().split('{"benchmark": "more"', 1)
     assert found == Path("whole/samples.jsonl").read_text()
@@ -2075,16 +1900,13 @@ def test_every_method_and_seed_is_a_line_and_medians_are_thick(monkeypatch):
                         lambda figure, *_, **__: figures.append(figure))
     runs = [*four_runs(), write_run("a2", seed=2, accuracy=0.45), write_run("c0", lr=1e-4)]
     evaluation.main(["runs", *runs, "--plot", "curves.png"])
-    axes = {axis.get_title(): axis for axis in figures[0].axes}
-    assert axes.keys() == {*evaluation.CURVES.values(), "tokens generated, thousands",
-                           "held-out accuracy"}
-    for axis in axes.values():
+    for axis in (axes := figures[0].axes):
         thick = {x.get_label(): x.get_linestyle() for x in axis.lines if x.get_linewidth() > 1}
-        assert thick.keys() == {"TRAPO, lr=5e-06", "TRAPO, lr=0.0001", "GRPO"}
-        assert thick["TRAPO, lr=5e-06"] != thick["TRAPO, lr=0.0001"]
+        assert thick == {"TRAPO, lr=5e-06": "-", "TRAPO, lr=0.0001": "--", "GRPO": "-"}
         assert Counter(line.get_color() for line in axis.lines) == {
             evaluation.COLOURS["TRAPO"]: 4 + 2, evaluation.COLOURS["GRPO"]: 2 + 1}
-    found = Counter(round(line.get_ydata()[-1], 3) for line in axes["held-out accuracy"].lines)
+    assert len(axes) == 6 and axes[-1].get_title() == "held-out accuracy"
+    found = Counter(round(line.get_ydata()[-1], 3) for line in axes[-1].lines)
     assert found == {0.4: 1, 0.6: 1, 0.45: 2, 0.1: 1, 0.2: 1, 0.15: 1, 0.5: 2}  # medians among them
 
 # ---- Speed, and what is refused
@@ -2098,9 +1920,8 @@ def test_speed_measures_the_products_own_code(capsys):
                  "trapo --speculate, 16 rollouts", "sampled, k tokens/s", "trained, k tokens/s",
                  "step, s", "MFU", "GiB", "matrix product"):
         assert what in printed
-    for name, parameters in (("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("7B", 7_615_616_512)):
-        policy = evaluation.speed_model(f"random:Qwen2.5-{name}", "meta")  # of the real ones' size
-        assert sum(p.numel() for p in policy.parameters()) == parameters
+    policy = evaluation.speed_model("random:Qwen2.5-7B", "meta")
+    assert sum(p.numel() for p in policy.parameters()) == 7_615_616_512  # as of the real one
 
 EVAL = ["model", "STAND_IN", "--out", "out", "--on"]
 EVAL_REFUSED = [  # as above
@@ -2132,11 +1953,10 @@ EVAL_REFUSED = [  # as above
         f"{write_run('run')}/{file}", text, ["runs", "run"]), f"run.*{words}")
       for file, text, words in (
         ("settings.json", "[1]", "settings.json"), ("settings.json", "{", "settings.json"),
-        ("settings.json", {"method": 3}, "settings.json"), ("metrics.jsonl", "", "no finished step"),
-        ("metrics.jsonl", "{\n", "metrics.jsonl"), ("metrics.jsonl", '[1, 2]\n', "metrics.jsonl"),
+        ("settings.json", {"method": 3}, "settings.json"), ("metrics.jsonl", "[1]\n", "metrics"),
+        ("metrics.jsonl", "", "no finished step"), ("metrics.jsonl", "{\n", "metrics.jsonl"),
         ("metrics.jsonl", '{"step": 0, "eval": {}}\n', "no finished step"),
         ("metrics.jsonl", '{"step": 1, "tokens_generated": 5}\n', "reward_unguided"),
-        ("metrics.jsonl", '{"step": "1", "tokens_generated": 5}\n', "metrics.jsonl"),
         ("metrics.jsonl", '{"step": 1, "eval": {"held out": "half"}}\n', "half"))),
     *((f"{file}: {text}", lambda at, file=file, text=text: put(f"out/{file}", text, [
         "model", "nowhere", "--on", "few.jsonl", "--out", "out"]), f"out/{file}.*(--out|delete)")
@@ -2161,21 +1981,20 @@ def test_eval_refuses_what_it_cannot_use_in_one_line(
 
 # ---- The page of a run's rollouts
 
-@pytest.mark.parametrize("method", ["trapo", "naive", "micro", "luffy", "sft"])
-def test_tokens_on_the_page_carry_the_weight_they_were_trained_with(base, method):
+@pytest.mark.parametrize("method, share", [
+    ("trapo", lambda p: (p / 0.1).clamp(max=1)), ("sft", lambda p: p / p),
+    ("micro", lambda p: 0 * p), ("luffy", lambda p: 0.75 * 0.1 * p / (p + 0.1) ** 2)])
+def test_tokens_on_the_page_carry_the_weight_they_were_trained_with(base, method, share):
     """-dL/dlog p: for the policy's own the advantage, for the expert's the prefix loss's."""
     args = settings("--method", method, "--sizes", "2", "--ratios", "0", "--thresholds", "-1")
     policy, tokenizer = load_policy(base)
-    rollouts = [Rollout([30, 40, 2], [9, 50, 60], [10, 51], reward=1.0, advantage=0.75,
-                        sampler_logprobs=[-1.0, math.nan]),
+    rollouts = [Rollout([30, 40, 2], [9, 50, 60], [10, 51], reward=1.0, advantage=0.75),
                 Rollout([30, 40, 2], [], [10, 51, 1], sampler_logprobs=[-1.0, math.nan, -INF])]
     accumulate_gradients(policy, rollouts, args)
     first, inert = evaluation.page_group(rollouts, tokenizer, args)["rollouts"]
     assert "".join(first["text"]) == tokenizer.decode([9, 50, 60, 10, 51]) and first["expert"] == 3
-    p = torch.tensor(first["logprob"][:3]).exp()
-    share = {"trapo": (p / 0.1).clamp(max=1), "naive": p / p, "sft": p / p, "micro": 0 * p,
-             "luffy": 0.75 * 0.1 * p / (p + 0.1) ** 2}[method]  # -A p / (p + gamma), derived
-    assert first["weight"] == pytest.approx([*share.tolist(), 0.75, 0.75], rel=2e-3)
+    expected = share(torch.tensor(first["logprob"][:3]).exp()).tolist()
+    assert first["weight"] == pytest.approx([*expected, 0.75, 0.75], rel=2e-3)
     assert inert["weight"] == [0, 0, 0] and inert["logprob"] == [-1, None, None]  # valid JSON
 
 HOSTILE = "</script><script>document.title = 1</script><img src=x onerror=document.title=2>"
@@ -2210,129 +2029,90 @@ def test_look_writes_a_page_that_holds_the_rollouts_and_loads_nothing(tokenizer,
     assert text == HOSTILE + "a 漢字 \U0001f600 é b" and held["alpha"] == 0.1
     assert held["reward_unguided"] == [[1, 0.9], [2, 0.5]]
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """(command, path, ...) -> what a real browser answers: the WebDriver protocol over HTTP."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs a browser: apt install chromium chromium-driver")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--no-first-run", f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]
-    wanted = {"goog:loggingPrefs": {"browser": "ALL"},
-              "goog:chromeOptions": {"binary": chromium, "args": flags}}
-    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.DEVNULL) as process:
-        started = next(line for line in process.stdout if "successfully on port" in line)
-        root = f"http://127.0.0.1:{re.search('port ([0-9]+)', started)[1]}/session"
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+TOOLS = """  // of a person: what is seen, and what is pointed at, pressed and chosen
+const $ = selector => document.querySelector(selector), text = id => $('#' + id).textContent;
+const all = (selector, what) => [...document.querySelectorAll(selector)].map(what);
+const headings = () => all('h2', h => h.textContent);
+const send = (selector, event) => $(selector).dispatchEvent(event);
+const point = selector => send(selector, new Event('pointerover', {bubbles: true}));
+const press = (selector, key) => send(selector, new KeyboardEvent('keydown', {key, bubbles: true}));
+const choose = (selector, kind, value) => {
+  $(selector).value = value;
+  send(selector, new Event(kind));
+}
+"""
 
-        def call(path, method="POST", **body):
-            data = json.dumps(body).encode() if method == "POST" else None
-            with direct.open(urllib.request.Request(root + path, data, method=method)) as answer:
-                return json.load(answer)["value"]
+def in_a_browser(script, width=900, dark=False):
+    """What a script returns in the page of run a, in a real browser's frame of that width."""
+    if not shutil.which("chromium"):
+        pytest.skip("needs a browser: apt install chromium")
+    script = json.dumps(f"{TOOLS}\n{script}").replace("<", "\\u003c")
+    put("a/frame.html", f"""<meta name="color-scheme" content="light dark"><iframe width="{width}"
+        height="800" src="rollouts.html"></iframe><pre></pre><script>onload = () =>
+        document.querySelector("pre").textContent = JSON.stringify(frames[0].eval({script}));
+        </script>""")
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--allow-file-access-from-files", *["--force-dark-mode"] * dark, "--dump-dom",
+         Path("a/frame.html").absolute().as_uri()], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr, done.stderr  # no error
+    return json.loads(html.unescape(re.search("<pre>(.*)</pre>", done.stdout, re.DOTALL)[1]))
 
-        session = "/" + call("", capabilities={"alwaysMatch": wanted})["sessionId"]
-        try:
-            yield lambda path, **body: call(session + path, **body)
-        finally:
-            call(session, "DELETE")
-            process.terminate()
-
-class Page:
-    """A run's page in a browser window of that width."""
-    def __init__(self, browser, name, width=900, dark=False):
-        self.browser = browser
-        for command, params in (
-                ("setDeviceMetricsOverride", {"width": width, "height": 800, "mobile": False,
-                                              "deviceScaleFactor": 1}),
-                ("setEmulatedMedia", {"features": [{
-                    "name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})):
-            browser("/goog/cdp/execute", cmd=f"Emulation.{command}", params=params)
-        browser("/url", url=Path(name, "rollouts.html").absolute().as_uri())
-
-    def run(self, script):
-        return self.browser("/execute/sync", script=f"return {script}", args=[])
-
-    def text(self, name):
-        return self.run(f"document.getElementById('{name}').textContent")
-
-    def element(self, selector):
-        return self.browser("/element", using="css selector", value=selector)
-
-    def press(self, selector, key):
-        self.browser(f"/element/{[*self.element(selector).values()][0]}/value", text=key)
-
-    def point_at(self, selector):
-        move = {"type": "pointerMove", "origin": self.element(selector), "x": 0, "y": 0}
-        self.browser("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
-
-LEFT, RIGHT_KEY = "\ue012", "\ue014"
-
-def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs(browser):
-    """By pointer and by keyboard: p and weight of an expert's token outside the trust region.
-
-    The slider, the page and the buttons walk the steps; at an end they stay; the prompt is kept.
-    """
+def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs():
+    """Of an expert's token outside the trust region, of the policy's own, of one of weight zero.
+    Arrow keys walk tokens, and elsewhere steps, as slider and buttons do; the prompt is kept."""
     write_page("a", clock.make_tokenizer(), (5, 10, 120))
-    page = Page(browser, "a")
-    headings = "[...document.querySelectorAll('h2')].map(h => h.textContent)"
-    assert page.run(headings) == [
-        "micro-group 1: mean reward so far 0.00 >= -1: no help",
-        "micro-group 2: mean reward so far 0.00 < 0.5: 20% of the solution",
-        "micro-group 3: mean reward so far 0.33 < 0.7: 10% of the solution",
-        "micro-group 4: mean reward so far 0.43 < 0.9: 100% of the solution"]
-    row = ".row:nth-of-type(5) "  # the first one helped
-    told = 'token "+5": the expert\'s, p = .03, outside the trust region, weight .3 of SFT\'s'
-    page.point_at(row + ".token:nth-child(2)")
-    assert page.text("status") == told
-    page.point_at(row + ".token:nth-child(3)")
-    assert page.text("status") == 'token "#": the policy\'s own, p = .2, weight .5, its advantage'
-    page.press(row + ".token:nth-child(1)", RIGHT_KEY)  # walks on to the second
-    assert page.text("status") == told and page.text("step") == "5"
-    page.press("#prompt", "2")
-    assert page.run(headings)[3] == "micro-group 4: mean reward so far 1.00 >= 0.9: no help"
-    page.point_at(".token[role]")
-    assert page.text("status") == 'token "5": the policy\'s own, p not known, weight 0'
-    for selector, key, step in (("#slider", RIGHT_KEY, "10"), ("body", RIGHT_KEY, "120"),
-                                ("body", RIGHT_KEY, "120"), ("#slider", LEFT, "10"),
-                                ("button", " ", "5"), ("button", " ", "5"),
-                                ("button + button", " ", "10")):
-        page.press(selector, key)
-        assert page.text("step") == step and page.text("caption").startswith(f"Step {step}:")
-        assert page.run("document.getElementById('prompt').value") == "2"
-    assert browser("/se/log", type="browser") == []
+    found = in_a_browser("""
+        const told = [headings()], row = '.row:nth-of-type(5) ';  // the first one helped
+        for (const i of [2, 3]) point(`${row}.token:nth-child(${i})`), told.push(text('status'));
+        press(`${row}.token:nth-child(1)`, 'ArrowRight');
+        told.push(document.activeElement.about, text('step'));
+        choose('#prompt', 'change', '2');
+        point('.token[role]');
+        told.push(headings()[3], text('status'));
+        for (const act of [() => press('body', 'ArrowRight'), () => choose('#slider', 'input', 2),
+            () => press('body', 'ArrowRight'), () => press('body', 'ArrowLeft'),
+            ...['button', 'button', 'button + button'].map(which => () => $(which).click())])
+          act(), told.push(text('step') + $('#prompt').value);
+        told""")
+    expert = 'token "+5": the expert\'s, p = .03, outside the trust region, weight .3 of SFT\'s'
+    assert found == [
+        ["micro-group 1: mean reward so far 0.00 >= -1: no help",
+         "micro-group 2: mean reward so far 0.00 < 0.5: 20% of the solution",
+         "micro-group 3: mean reward so far 0.33 < 0.7: 10% of the solution",
+         "micro-group 4: mean reward so far 0.43 < 0.9: 100% of the solution"],
+        expert, 'token "#": the policy\'s own, p = .2, weight .5, its advantage', expert, "5",
+        "micro-group 4: mean reward so far 1.00 >= 0.9: no help",
+        'token "5": the policy\'s own, p not known, weight 0',
+        *(f"{step}2" for step in (10, 120, 120, 10, 5, 5, 10))]
 
 @pytest.mark.parametrize("width, dark", [(360, False), (900, True)])
 def test_look_in_a_browser_shows_text_as_text_with_contrast_and_never_scrolls_sideways(
-        browser, tokenizer, width, dark):
+        tokenizer, width, dark):
     """Markup does nothing; long tokens wrap; a long rollout is a window of its own. WCAG's ratio of
     every text to what is behind it is at least 4.5, in light and dark."""
-    def channels(colour):  # "rgb(1, 2, 3)" or "color(srgb 0.1 0.2 0.3 / 0.5)"
-        numbers = [float(x) for x in re.findall("[0-9.e-]+", colour.removeprefix("color(srgb"))]
-        return [x / 255 for x in numbers[:3]] + numbers[3:] if "rgb" in colour[:4] else numbers
-
     def luminance(rgb):
         linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
         return sum(x * weight for x, weight in zip(linear, (0.2126, 0.7152, 0.0722)))
 
+    def channels(colour):  # "rgb(1, 2, 3)" or "color(srgb 0.1 0.2 0.3 / 0.5)": three, and the share
+        numbers = [float(x) for x in re.findall("[0-9.e-]+", colour.removeprefix("color(srgb"))]
+        return [x / 255 if "rgb" in colour[:4] else x for x in numbers[:3]], [*numbers, 1][3]
+
     write_page("a", tokenizer, (5,), HOSTILE + "x" * 1500)
-    page = Page(browser, "a", width, dark)
-    assert page.run("document.title") == "TRAPO, token by token"
-    assert HOSTILE in page.text("group").replace("␣", " ")
-    assert page.run("document.querySelectorAll('img, #group script').length") == 0
-    assert page.run("document.documentElement.scrollWidth") <= width
-    assert page.run("document.querySelector('.row').clientHeight") < 400
-    *pairs, (_, behind) = page.run(
-        "[...document.querySelectorAll('#legend .token, h1, h2, p, label, .row, #status')].map("
-        "e => getComputedStyle(e)).map(style => [style.color, style.backgroundColor])")
-    behind = channels(behind)
-    assert (luminance(behind) < 0.1) == dark and len(pairs) > 20
-    for text, fill in pairs:
-        *fill, share = (*channels(fill), 1)[:4]
+    title, shown, images, beyond, height, *colours = in_a_browser("""[document.title,
+        text('group'), all('img, #group script', x => x).length,
+        document.documentElement.scrollWidth - innerWidth, $('.row').clientHeight,
+        ...all('#legend .token, h1, h2, p, label, .row, #status', x => getComputedStyle(x)).map(
+            style => [style.color, style.backgroundColor])]""", width, dark)
+    assert title == "TRAPO, token by token" and HOSTILE in shown.replace("␣", " ")
+    assert images == 0 and beyond <= 0 and height < 400
+    behind, _ = channels(colours[-1][1])
+    assert (luminance(behind) < 0.1) == dark and len(colours) > 20
+    for ink, (fill, share) in ((channels(text)[0], channels(fill)) for text, fill in colours):
         fill = [share * x + (1 - share) * y for x, y in zip(fill, behind)]
-        low, high = sorted((luminance(channels(text)[:3]), luminance(fill)))
-        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, fill)
-    assert browser("/se/log", type="browser") == []
+        low, high = sorted((luminance(ink), luminance(fill)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, fill)
 
 # ==== The world of the embedded experiment (.ci/clock.py) and the study on it (.ci/study.py)
 
@@ -2344,36 +2124,34 @@ def study():
 
 def test_clock_questions_and_experts_follow_their_rules():
     """Letters run on, the answer is where the clock ends, every line of a solution is right, or
-    followed by "oops" and the line again; asides are said. The pretraining corpus is right, too."""
-    kinds = {"train": range(5, 10), "test": range(5, 10), "longer": [10], "textbook": range(2, 5),
-             "direct": [1]}
+    followed by "oops" and the line again; asides are said. So it is in the pretraining corpus."""
+    kinds = {"train": (5, 9, "?"), "test": (5, 9, "?"), "longer": (10, 10, "?"),
+             "textbook": (2, 4, ":"), "direct": (1, 1, "?")}
     rng, seen = random.Random(0), Counter()
     rows = [(name, row) for name in clock.SETS for row in clock.make_rows(name, 0)]
     rows += [("corpus", clock.corpus_row(rng, i / 2000, 0.5)) for i in range(2000)]
     for name, row in rows:
-        first, shown, *words, mark = row["problem"].split()
-        hour, letters, solution = int(shown), [first, *words[::2]], row["solution"].split()
+        first, hour, *words, mark = row["problem"].split()
+        steps, solution = len(words) // 2, row["solution"].split()
+        least, most, kind = kinds.get(name, (1, 10, mark))
+        assert "".join([first, *words[::2]]) in clock.LETTERS and least <= steps <= most
+        assert mark == kind and clock.is_right([*solution, "<eos>"], row["answer"])
         body = [word for word in solution if word not in clock.FILLERS]
-        seen += Counter({f"{name} fillers": len(solution) - len(body), f"{name} steps": len(words)})
-        assert "".join(letters) in clock.LETTERS and (name == "corpus" or len(words) // 2 in
-                                                      kinds[name] and mark == "?:"[
-                                                          name == "textbook"])
+        seen += Counter({(name, "steps"): steps, (name, "asides"): len(solution) - len(body),
+                         (name, "slips"): body.count("oops"), (name, mark, len(body) > 2): 1})
         for letter, change in zip(words[::2], words[1::2]):
-            hour = (hour + int(change)) % 24
-            if len(body) > 2 and body[3] == "oops":
-                assert body[:2] == [letter, change] and body[2] != str(hour)
-                seen[f"{name} slips"], body = seen[f"{name} slips"] + 1, body[4:]
+            hour = str((int(hour) + int(change)) % 24)
+            if body[3:4] == ["oops"]:
+                assert body[:2] == [letter, change] and body[2] != hour
+                body = body[4:]
             if body[0] != "#":
-                assert body[:3] == [letter, change, str(hour)]
+                assert body[:3] == [letter, change, hour]
                 body = body[3:]
-        assert body == ["#", row["answer"]] == ["#", str(hour)]
-        assert clock.is_right([*solution, "<eos>"], row["answer"])
-        seen[name, mark, len(solution) > 2] += 1
-    assert 0.25 < 2 * seen["train fillers"] / seen["train steps"] < 0.35
-    assert 0.07 < 2 * seen["train slips"] / seen["train steps"] < 0.13
+        assert body == ["#", row["answer"]] == ["#", hour]
+    assert 0.25 < seen["train", "asides"] / seen["train", "steps"] < 0.35
+    assert 0.07 < seen["train", "slips"] / seen["train", "steps"] < 0.13
     assert not seen["corpus", ":", False] and seen["corpus", "?", True] > 200
-    train, test = ({row["problem"] for name, row in rows if name == kind}
-                   for kind in ("train", "test"))
+    train, test = ({r["problem"] for name, r in rows if name == kind} for kind in ("train", "test"))
     assert len(train) == 512 and not train & test
     for text in ("", "# 9 <eos>", "# 8", "8 <eos>", "# 7 # 8 <eos>", "# 8 # <eos>", "# 8 <eos> k"):
         assert not clock.is_right(text.split(), "8"), text
@@ -2385,9 +2163,8 @@ def test_a_world_is_made_again_bit_for_bit_and_its_base_until_it_is_sound(monkey
         clock.main()
         return [Path(folder, name).read_bytes() for name in
                 ("model/model.safetensors", *(f"{name}.jsonl" for name in clock.SETS))]
-    first, again, other = (make(*words.split()) for words in ("a --seed 5", "b --seed 5", "c"))
-    worked = make("d", "--seed", "5", "--worked", "1")
-    assert "6 steps: too few to be sound" in capsys.readouterr().out
+    first, again, other, worked = (make(*words.split()) for words in (
+        "a --seed 5", "b --seed 5", "c", "d --seed 5 --worked 1"))
     assert again == first and not set(other) & set(first)
     assert worked[0] != first[0] and worked[1:] == first[1:]
     with pytest.raises(SystemExit, match="a is not empty"):
@@ -2396,8 +2173,8 @@ def test_a_world_is_made_again_bit_for_bit_and_its_base_until_it_is_sound(monkey
     monkeypatch.setattr(clock, "pretrain", lambda seed, *_: starts.append(seed) or len(starts))
     monkeypatch.setattr(clock, "accuracy", lambda *_: next(scores))
     assert clock.make_base(7, 0.0, 2500) == 3 and starts == [7, 7 + 2**32, 7 + 2**33]
-    verdicts = re.findall("(is.*sound): .*", capsys.readouterr().out)
-    assert verdicts == ["is not sound", "is not sound", "is sound"]
+    verdicts = re.findall("is (.*sound): .*", capsys.readouterr().out)
+    assert verdicts == ["not sound", "not sound", "sound"]
     with pytest.raises(SystemExit, match="four bases of seed 7 are not sound"):
         clock.make_base(7, 0.0, 2500)
 
@@ -2415,56 +2192,36 @@ def test_the_shipped_world_is_clocks_and_its_base_can_work_but_does_not():
     found = {name: clock.accuracy(policy, name, 0) for name in ("textbook", "direct", "test")}
     assert found["textbook"] >= 0.95 and found["direct"] >= 0.9 and found["test"] < 0.1
 
-def test_another_teacher_solves_the_same_questions(study):
-    """One time in five wrongly, if asked for; and cleanly as the world itself would."""
-    right, rng = Counter(), random.Random(0)
-    for row, expert in product(clock.make_rows("train", 3), study.EXPERTS):
-        words = study.solve(row["problem"], expert).split()
-        right[expert] += clock.is_right([*words, "<eos>"], row["answer"])
-    assert right["clean"] == right["noisy"] == right["usual"] == 512 and 380 < right["wrong"] < 435
-    row = clock.make_row(rng, 7, "?")
-    assert study.solve(row["problem"], "clean") == row["solution"]
-
 def test_what_the_study_asks_of_its_programs(study, monkeypatch):
-    """A world, then SFT on it, then GRPO on what that made, once; and another teacher's rows."""
+    """A world, then SFT on it, then GRPO on what that made, once; and another teacher's rows. The
+    teachers solve the same questions, one of them wrongly one time in five."""
     asked, flags = [], {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 80, "base-worked": 0.01}
     monkeypatch.setattr(study, "FOLDER", Path("study").absolute())
     study.FOLDER.mkdir()
 
     def call(words, **_):
         asked.append(dict(zip(words[-2::-2], words[::-2])))
-        if words[1] == "trapo.py":
-            Path(asked[-1]["--out"], "model").mkdir(parents=True)
-        else:
-            put(f"{words[2]}/defaults.json", "")
+        put(f"{words[2]}/defaults.json" if words[1] != "trapo.py" else
+            f"{asked[-1]['--out']}/model/config.json", "")
     monkeypatch.setattr(study, "subprocess", Namespace(run=call))
     for _ in range(2):
         model = study.model_of({**flags, "after": {**flags, "method": "sft"}})
     world, sft, grpo = asked
     assert (world["--seed"], world["--worked"], grpo["--max-response"]) == ("1", "0.01", "56")
-    assert sft["--steps"] == grpo["--steps"] == "80" and sft["--method"] == "sft"
+    assert (sft["--steps"], grpo["--steps"], sft["--method"]) == ("80", "80", "sft")
     assert grpo["--model"] == sft["--out"] + "/model" != str(model) == grpo["--out"] + "/model"
+    rows, right = clock.make_rows("train", 1), Counter()
+    for row, expert in product(rows, study.EXPERTS):
+        solution = study.solve(row["problem"], expert)
+        right[expert] += clock.is_right([*solution.split(), "<eos>"], row["answer"])
+    assert right["clean"] == right["noisy"] == right["usual"] == 512 and 380 < right["wrong"] < 435
     study.model_of({**flags, "expert": "noisy"})
     assert len(asked) == 4 and load_rows(asked[-1]["--dataset"]) == [
-        {**row, "solution": study.solve(row["problem"], "noisy")}
-        for row in clock.make_rows("train", 1)]
+        {**row, "solution": study.solve(row["problem"], "noisy")} for row in rows]
 
-def test_a_run_is_right_half_the_time_from_the_first_mean_of_five_steps(study, monkeypatch):
-    """Means of five from step 5 on are .4 .4 .6: after 7 steps and 700 tokens."""
-    monkeypatch.setattr(study, "FOLDER", Path())
-    flags = {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 10}
-    lines = [{"step": i, "reward_unguided": reward, "tokens_generated": 100, "tokens_trained": 10,
-              "seconds": 1.0, "guided": 0.5, "entropy": None, "prefix_outside_share": None}
-             for i, reward in enumerate([0, 0, 0, 1, 1, 0, 1, 0, 0, 0], 1)]
-    lines[-1]["eval"] = {"in range": 0.25}
-    study.folder_of(flags).mkdir()
-    write_rows(lines, study.folder_of(flags) / "metrics.jsonl")
-    found = study.summary([flags])
-    assert (found["half"], found["tokens_to_half"], found["reward"]) == (7, 700, [30])
-    assert found["guided"] == [50] and found["entropy"] == [None]
-
-def test_the_pages_say_what_the_studys_lines_say(study):
-    """The tables of .github/results.md, and the README's."""
+def test_the_pages_say_what_the_studys_lines_say(study, monkeypatch):
+    """The tables of .github/results.md, and the README's. A run is right half the time from its
+    first mean of five steps on: with .4 .4 .6 from step 5 on, after 7 steps and 700 tokens."""
     page = HERE.joinpath(".github", "results.md").read_text()
     assert study.with_tables(page) == page
     readme, rates = HERE.joinpath("README.md").read_text(), study.frame("rates")
@@ -2473,44 +2230,48 @@ def test_the_pages_say_what_the_studys_lines_say(study):
         steps = study.until(rates[(rates.method == method) & (rates.lr == study.USUAL)])
         row, = re.findall(rf"^\|{re.escape(method)}\|.*$", readme, re.M)
         assert row.endswith(f"|{accuracy}|{steps}|")
+    monkeypatch.setattr(study, "FOLDER", Path())
+    flags = {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 10}
+    line = {"tokens_generated": 100, "tokens_trained": 10, "seconds": 1.0, "guided": 0.5,
+            "entropy": None, "prefix_outside_share": None, "eval": {"in range": 0.25}}
+    study.folder_of(flags).mkdir()
+    write_rows([line | {"step": i, "reward_unguided": reward} for i, reward in enumerate(
+        [0, 0, 0, 1, 1, 0, 1, 0, 0, 0], 1)], study.folder_of(flags) / "metrics.jsonl")
+    found = study.summary([flags])
+    assert (found["half"], found["tokens_to_half"], found["reward"]) == (7, 700, [30])
 
 # ==== A really pretrained model: SmolLM2-135M-Instruct, made by .ci/smollm2.py
 
 SMOLLM2 = os.environ.get("TRAPO_SMOLLM2")
 
 @pytest.mark.skipif(not SMOLLM2, reason="TRAPO_SMOLLM2 names no folder; see .ci/smollm2.py")
-@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
-def test_a_really_pretrained_model_answers_and_is_trained_saved_resumed_and_evaluated(precision):
+@pytest.mark.parametrize("precision, low, high", [("--no-bf16", 0, 1e-3), ("--bf16", 1e-3, 0.3)])
+def test_a_really_pretrained_model_answers_and_is_trained_resumed_and_evaluated(
+        precision, low, high):
     """Through its template, which ends a turn; greedily as model.generate; weights stay fp32."""
     policy, tokenizer = load_policy(SMOLLM2)
     turn = [{"role": "user", "content": "What is 2 + 3?"}]
     requests = [trapo.prompt_tokens("What is 4 + 3?", tokenizer), tokenizer(
         trapo.render(tokenizer, turn, add_generation_prompt=True)).input_ids]
     completions, logprobs = sample(policy, requests, [24] * 2, 0.0)
-    eos_ids = policy.generation_config.eos_token_id
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in eos_ids
-    assert "5" in tokenizer.decode(completions[1]) and completions[1][-1] in eos_ids
+    assert "5" in tokenizer.decode(completions[1])
+    assert completions[1][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     for request, completion, found in zip(requests, completions, logprobs):
-        ids, start = torch.tensor([request]), len(request)
-        assert completion == policy.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[
-                0, start:].tolist()
-        (scored,), _ = token_logprobs(policy, [request + completion], [start])
-        expected = naive(policy, request + completion, start)
-        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(torch.tensor(found), expected.detach(), rtol=0, atol=1e-4)
-    write_rows([{"problem": f"Tom has {n} apples and buys 3 more. How many apples does Tom have?",
-                 "solution": f"Tom has {n} + 3 = {n + 3} apples.\n\\boxed{{{n + 3}}}",
-                 "answer": n + 3} for n in range(2, 14)])
+        assert policy.generate(torch.tensor([request]), do_sample=False, max_new_tokens=24,
+                               attention_mask=torch.ones(1, len(request)))[0].tolist() == [
+            *request, *completion]
+        (scored,), _ = token_logprobs(policy, [request + completion], [len(request)])
+        expected = naive(policy, request + completion, len(request))
+        torch.testing.assert_close([scored, torch.tensor(found)], [expected, expected.detach()],
+                                   rtol=0, atol=1e-4)
+    write_rows(GSM8K_ROWS)
     main(["--model", SMOLLM2, "--dataset", "rows.jsonl", "--out", "run", "--prompts", "1",
           "--max-response", "40", "--eval-size", "0", "--lr", "1e-4", "--save-every", "1",
-          "--micro-tokens", "1024", "--sizes", "1", "1", "1", "1", precision, "--steps", "1"])
+          "--sizes", "1", "1", "1", "1", precision, "--steps", "1"])
     main(["--resume", "--out", "run", "--steps", "2"])
     first, second = metrics_of("run")[-2:]
-    assert (first["step"], second["step"]) == (1, 2)
-    low, high = {"--no-bf16": (0, 1e-3), "--bf16": (1e-3, 0.3)}[precision]
+    assert (first["step"], second["step"], first["guided_4"]) == (1, 2, 1)
     assert low <= first["logprob_gap"] < high and 0 < first["prefix_p"] < 1
-    assert first["guided_4"] == 1 and first["grad_norm"] > 0
     assert {x.dtype for x in safetensors.torch.load(weights("run")).values()} == {torch.float32}
     evaluation.main(["model", "run", "--on", "rows.jsonl", "--limit", "2", "--max-tokens", "12"])
     assert results("run/eval")["benchmarks"]["rows"]["problems"] == 2
