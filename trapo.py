@@ -479,22 +479,23 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], uniform
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
     rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
     for t in range(max(limits)):
-        tokens, values = draw_tokens(logits, uniforms[:, t], temperature)
-        for k, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), values.tolist())):
+        drawn = torch.stack(draw_tokens(logits, uniforms[:, t], temperature))  # [2, B], float64
+        for k, (row, token, logprob) in enumerate(zip(rows, *drawn.tolist())):
             if alive[k]:
-                completions[row].append(token)
+                completions[row].append(int(token))
                 logprobs[row].append(logprob)
                 alive[k] = token not in eos_ids and len(completions[row]) < limits[row]
         if not any(alive):
             break
-        # Finished rows leave once they are a quarter of the batch: a move copies the whole cache.
-        if batch.used == batch.mask.shape[1] or sum(alive) <= 0.75 * len(alive):
+        # Finished rows leave in few moves: each copies the whole cache, and may record a graph.
+        share = 0.5 if batch.replay else 0.75
+        if batch.used == batch.bias.shape[1] or sum(alive) <= share * len(alive):
             kept = [k for k, lives in enumerate(alive) if lives]
-            batch = DecodeBatch(policy, batch.cache, kept, batch.mask[:, :batch.used],
+            batch = DecodeBatch(policy, batch.cache, kept, batch.bias[:, :batch.used],
                                 batch.position, max(limits) - t)
-            tokens, uniforms = tokens[kept], uniforms[kept]
+            drawn, uniforms = drawn[:, kept], uniforms[kept]
             rows, alive = [rows[k] for k in kept], [True] * len(kept)
-        logits = batch.step(tokens)
+        logits = batch.step(drawn[0])
     return completions, logprobs
 
 def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tensor, "DecodeBatch"]:
@@ -505,45 +506,47 @@ def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tenso
     copies = [row_of[tuple(request)] for request in requests]
     width = max(map(len, distinct))
     ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in distinct], device=policy.device)
-    lengths = torch.tensor(list(map(len, distinct)), device=policy.device)
-    mask = torch.arange(width, device=policy.device) >= width - lengths[:, None]
+    places = torch.tensor([range(len(r) - width, len(r)) for r in distinct], device=policy.device)
     cache = transformers.DynamicCache(config=policy.config)
-    logits = policy(input_ids=ids, attention_mask=mask, use_cache=True, cache=cache,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits
-    return logits[copies, -1], DecodeBatch(policy, cache, copies, mask, lengths[:, None] - 1, most)
+    logits = policy(input_ids=ids, attention_mask=places >= 0, use_cache=True, cache=cache,
+                    position_ids=places.clamp(min=0), logits_to_keep=1).logits
+    bias = torch.where(places >= 0, 0.0, -math.inf).to(policy.dtype)
+    return logits[copies, -1], DecodeBatch(policy, cache, copies, bias, places[:, -1:], most)
 
-ROOM = 32  # tokens that a new batch can take in at least
+ROOM = 16  # tokens that a new batch can take in at least; the unit of its width
 capture_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: memory is kept by stream
 
 class DecodeBatch:
     """A batch's decode step on tensors of fixed size and place, as a CUDA graph needs them.
     When finished rows leave, or the room is used up, the kept rows move into a new batch."""
-    def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], mask: Tensor,
+    def __init__(self, policy: nn.Module, cache: transformers.Cache, kept: list[int], bias: Tensor,
                  position: Tensor, most: int) -> None:
-        """Take in the `kept` rows of a cache, of [B, T] mask, and of [B, 1] position of the newest
-        token, and free the cache's memory layer by layer. At most `most` tokens will follow."""
-        self.policy, self.used, self.position = policy, mask.shape[1], position[kept]
+        """Take in the `kept` rows of a cache, of [B, T] bias (-inf at padding) and of [B, 1] newest
+        position, and free the cache's memory layer by layer. At most `most` tokens will follow."""
+        self.policy, self.used, self.position = policy, bias.shape[1], position[kept]
         room = min(max(1, most), max(ROOM, self.used // 2))  # few moves, little that stays empty
-        self.mask = nn.functional.pad(mask[kept], (0, room))                      # [B, T + room]
+        room += -(self.used + room) % ROOM  # CUDA's kernel wants biases of a width of 16 N
+        self.bias = nn.functional.pad(bias[kept], (0, room), value=-math.inf)     # [B, T + room]
         self.token = torch.zeros_like(self.position)
         self.cache = transformers.StaticCache(policy.config, max_cache_len=self.used + room)
         for i, layer in enumerate(cache.layers):
             self.cache.update(layer.keys[kept, :, :self.used], layer.values[kept, :, :self.used], i)
             layer.keys = layer.values = None
-        self.replay = self.record() if policy.device.type == "cuda" else None
+        dynamic = "dynamic" in str(getattr(policy.config, "rope_parameters", ""))  # reads positions
+        self.replay = self.record() if policy.device.type == "cuda" and not dynamic else None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append [B] tokens; returns the [B, V] logits of the next ones."""
         self.token.copy_(tokens[:, None])
         self.position += 1
-        self.mask[:, self.used] = True
+        self.bias[:, self.used] = 0
         self.used += 1
         return self.replay() if self.replay else self.forward()
 
     def forward(self) -> Tensor:
         """[B, V] logits after self.token; a mask of four dimensions is taken as it is."""
-        mask = self.mask[:, None, None]
-        return self.policy(input_ids=self.token, attention_mask=mask, position_ids=self.position,
+        bias = self.bias[:, None, None]
+        return self.policy(input_ids=self.token, attention_mask=bias, position_ids=self.position,
                            cache=self.cache, use_cache=True).logits[:, -1]
 
     def record(self) -> Callable[[], Tensor]:
@@ -571,24 +574,27 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
     hit. The sums are float64: float32 would round away the tail of a vocabulary of 150 000.
     Temperature 0 takes the most likely token.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
+    if temperature not in (0, 1):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     top, token = logits.max(-1, keepdim=True)                                     # [B, 1]
-    size = min(256, logits.shape[1])
-    weights = nn.functional.pad((logits - top).exp(), (0, -logits.shape[1] % size))
-    blocks = weights.unflatten(1, (-1, size))                                     # [B, N, 256]
+    weights = (logits - top.float()).exp()  # float32 if they are bf16
+    size = min(128, logits.shape[1])
+    if missing := -logits.shape[1] % size:  # Qwen's 151 936 tokens are 1187 blocks of 128
+        weights = nn.functional.pad(weights, (0, missing))
+    blocks = weights.unflatten(1, (-1, size))                                     # [B, N, size]
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                   # [B, N]
     last = cumulative[:, -1:]
     if temperature:
         target = uniforms[:, None] * last
         block = torch.searchsorted(cumulative, target, right=True).clamp(max=blocks.shape[1] - 1)
-        inside = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]    # [B, 256]
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]    # [B, size]
         inside = inside.double().cumsum(-1)
         rest = target - nn.functional.pad(cumulative, (1, 0)).gather(1, block)
         # Rounding may not carry it past the block's last token of a weight above zero.
         rest = torch.minimum(rest, inside[:, -1:].nextafter(torch.zeros_like(rest)))
         token = block * size + torch.searchsorted(inside, rest, right=True)
         token = token.clamp(max=logits.shape[1] - 1)
-    logprobs = logits.gather(1, token) - top - last.log()
+    logprobs = logits.gather(1, token) - top.float() - last.log()
     return token[:, 0], logprobs[:, 0]
 
 def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
@@ -984,6 +990,7 @@ def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
     """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16."""
     if args.device == "cpu" and WORLD == 1 and not args.bf16:
         return policy
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape: half a second, often
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     # Parameters are cast one by one, so that there is never a second fp32 model, and no buffers:
     # RoPE's must stay fp32.
@@ -1332,9 +1339,9 @@ def fill_in(known: dict) -> Settings:
     folder = model_folder(model)
     if folder.name == "model" or folder.name.startswith("checkpoint-"):
         folder = folder.resolve().parent
-    preset = {"bf16": args.device == "cuda", "speculate": args.device == "cuda",
-              "out": f"runs/{folder.name.lstrip('.')}-{args.method}-seed{args.seed}",
-              **METHODS[args.method]}
+    preset = {"bf16": args.device == "cuda" and torch.cuda.is_bf16_supported(False),  # not emulated
+              "speculate": args.device == "cuda", **METHODS[args.method],
+              "out": f"runs/{folder.name.lstrip('.')}-{args.method}-seed{args.seed}"}
     return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
 def read_file(path: Path) -> dict:
