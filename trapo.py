@@ -1260,7 +1260,7 @@ class Settings(Recipe):
     test: str | None = setting(None, "file of held-out rows; default: the data set's own or last")
     eval_size: int = setting(200, "held-out problems")
     device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
-    bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA")
+    bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA, if it can")
     micro_tokens: int = setting(4096, "tokens in a micro-batch of the update, a prompt once")
     kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
     speculate: bool | None = setting(None, "draw all micro-groups in one pass; default: on CUDA")
