@@ -4,10 +4,10 @@ Post-training usually runs SFT on expert solutions and then RL. TRAPO does both 
 training instance. The policy first tries a problem alone; where it does badly, it is given the
 beginning of an expert solution and continues from there.
 
-Below is one group of eight rollouts (step 21 of `python trapo.py`, as one machine drew it). A clock
-of 24 hours shows 12 and is moved five times, on lines named g to k: where does it end? `#` opens
-the answer. [ ] holds the expert's tokens, asides (now, think) and a slip (oops) among them; A is
-the advantage:
+Below is one group of eight rollouts, drawn in step 21 of `python trapo.py` on one machine; such a
+group is printed at every evaluation. A clock of 24 hours shows 12 and is moved five times, on lines
+named g to k: where does it end? The answer is the last number, after `#`. [ ] holds the expert's
+tokens, asides (now, think) and a slip (oops) among them; A is the advantage:
 
 prompt: f 12 g +4 h -9 i -7 j -6 k +1 ?
   micro-group 1: mean reward so far 0.00 >= -1: no help
@@ -64,7 +64,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Tokens = list[int]
-Completion = tuple[Tokens, list[float]]  # tokens, and the log-probs they were drawn with
+Sampled = tuple[Tokens, list[float]]  # tokens, and the log-probs they were drawn with
 
 # ==== Settings of the method; those of the data, the machine and the run follow in Part 10.
 def setting(default: object, help: str, group: str | None = None) -> typing.Any:
@@ -77,7 +77,7 @@ MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-
 
 @dataclass
 class Recipe:
-    """Defaults are for a small model on GSM8K; (paper: its value)."""
+    """Defaults suit a small model on GSM8K; the paper's value is in parentheses."""
     method: str = setting("trapo", "preset of the next four settings", group="method")
     sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
     ratios: list[float] = setting(MICRO["ratios"], "share of the expert solution given")
@@ -99,7 +99,7 @@ class Recipe:
         """Algorithm 1's table, a row per micro-group."""
         return [MicroGroup(*row) for row in zip(self.sizes, self.ratios, self.thresholds)]
 
-METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
+METHODS = {  # a method is four settings: the rows of Table 2, the baselines, a control of ours
     "trapo": MICRO | {"prefix_loss": "trsft"},
     "micro": MICRO | {"prefix_loss": "none"},
     "naive": MICRO | {"prefix_loss": "sft"},
@@ -114,9 +114,10 @@ METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
 #
 # Let p be the policy's probability of an expert token. SFT minimises -log p. On grad log p its
 # weight is 1 however unlikely the token is, so text that the policy would never write pulls as hard
-# as any, and moves it to where neither it nor the expert is at home: its rollouts degenerate
-# (Section 2.2). TrSFT lets the weight fall with p below p = alpha. (Eq. 3 says it of grad p, which
-# is p grad log p: SFT's weight 1/p, clipped at 1/alpha.) With alpha = 0.1:
+# as any. The policy is moved to where neither it nor the expert is at home, and its rollouts
+# degenerate (Section 2.2). TrSFT lets the weight fall with p below p = alpha. (Eq. 3 says it of
+# grad p = p grad log p: SFT's weight 1/p, clipped at 1/alpha.) With alpha = 0.1, and 45 other
+# tokens that share 1 - p:
 #
 #       p      weight on grad log p:  SFT     TrSFT     norm of SFT's gradient in the logits
 #      .5                              1       1                     .51
@@ -125,19 +126,19 @@ METHODS = {  # a method is four settings: the rows of Table 2, and the baselines
 #      .001                            1        .01                 1.01
 #
 # TrSFT's optimum drops the expert's rare tokens and renormalises the main modes (Proposition 1): it
-# is mode-seeking, where SFT is mode-covering. alpha = 1, the loss 1 - p, is DFT (arXiv 2508.05629).
+# is mode-seeking, where SFT is mode-covering. alpha = 1 has the gradient of DFT (arXiv 2508.05629).
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """Trust-Region SFT, Eq. 3:  grad L = -min(p / alpha, 1) grad log p = -grad p / max(p, alpha).
 
         L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
              = 1 - log(alpha) - p / alpha   if p <  alpha   (outside)
 
-    The two pieces meet at p = alpha. alpha = 0 is SFT; outside [0, 1] it is a ValueError.
+    The two pieces meet at p = alpha. alpha = 0 is SFT; outside [0, 1] raises ValueError.
     From log p of the expert's tokens (nats, any shape) to losses, same shape and dtype.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if alpha < 1e-30:  # every p is inside; the other piece would take log(0), or overflow
+    if alpha < 1e-30:  # only p = 0 could be outside, and that piece would take log(0) or overflow
         return -logprobs
     p = logprobs.exp()
     return torch.where(p >= alpha, -logprobs, 1 - math.log(alpha) - p / alpha)
@@ -158,7 +159,7 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor | float) -> Tensor
 
     REINFORCE with the group's mean as baseline. PPO and GRPO weigh its gradient by the ratio of p
     to the p that the token was drawn with, and clip that ratio, since they update several times on
-    the same rollouts. In one update per batch it is 1. (A bf16 sampler's p differs a little: the
+    the same rollouts. With one update per batch it is 1. (A bf16 sampler's p differs a little: the
     metric logprob_gap says how much; nothing corrects it.) From log p (nats, any shape) and
     advantages (broadcastable) to losses of that shape.
     """
@@ -168,10 +169,10 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """[..., G] rewards -> [..., G] advantages: reward minus the group's mean, guided ones included.
 
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
-    The mean b holds rollouts that were guided because this one failed. That only rescales the
-    gradient of each context's (prompt + prefix's) success rate P: with r in {0, 1} its expectation
-    is  E[(r - b) grad log pi] = (1 - E[b | r = 1] + E[b | r = 0]) grad P,  and the factor is above
-    0, since the rollouts of b that are drawn before or beside this one do not depend on its r.
+    The mean b includes rollouts that were guided only because this one failed, so b depends on r.
+    That only rescales the gradient of a context's (prompt + prefix's) success rate P: with r 0 or 1
+    E[(r - b) grad log pi] = (1 - E[b | r = 1] + E[b | r = 0]) grad P,  and the factor is above 0 as
+    soon as b includes rollouts drawn before or beside this one, which do not depend on its r.
     """
     return rewards - rewards.mean(-1, keepdim=True)
 
@@ -221,12 +222,12 @@ def expert_prefix(solution_ids: Tokens, ratio: float) -> Tokens:
     return solution_ids[:round(ratio * len(solution_ids))]
 
 def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
-                  generate: Callable[[list[Tokens], list[int]], list[Completion]],
+                  generate: Callable[[list[Tokens], list[int]], list[Sampled]],
                   reward: Callable[[Problem, Tokens], float], rng: random.Random, *,
                   max_response: int = 1024, speculate: bool = False) -> list[list[Rollout]]:
     """Algorithm 1: every problem's group of rollouts, in the order drawn, by micro-groups.
 
-    Args: problems: anything with .prompt_ids and .solutions; a guided micro-group picks one.
+    Args: problems: a guided micro-group picks one of a problem's solutions.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
         reward: of a response, prefix and completion together, in [0, 1].
         rng: picks the solutions.   max_response: tokens, prefix and completion together.
@@ -265,9 +266,9 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 # a micro-batch is a tree, each distinct beginning a node, and the policy computes a node once. A
 # token's state depends on the tokens before it, and those are the node's path: so this is exact.
 #
-#     a b c d           a - b - c - d
-#     a b c e    ->          \   \- e       6 nodes for 11 tokens, in one row: a b c d e f
-#     a b f                   \- f
+#     a b c d .         a - b - c - d
+#     a b c e .   ->         \   \- e       6 nodes for 11 tokens, in one row: a b c d e f
+#     a b f .                 \- f          (the last token, ".", predicts nothing)
 #
 # Logits of whole batches are what runs out of memory first: 128 sequences of 64 tokens at Qwen's
 # vocabulary of 151 936 are 5 GB a copy. So the hidden states are cut down to the positions that
@@ -333,7 +334,7 @@ def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
     return prefix_is_inert and (weightless or not rollout.completion)
 
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
-    """Prefix loss plus policy gradient, summed, of [prefix + completion] log-probs: a scalar."""
+    """Prefix loss plus policy-gradient loss, summed over [len(prefix + completion)] log-probs."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
     expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha)
     return expert.sum() + policy_gradient_loss(completion, rollout.advantage).sum()
@@ -344,7 +345,8 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
     trained = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
     batches = micro_batches(trained, args.micro_tokens)  # so that each fits into memory
     divisor, total = len(rollouts) * args.max_response, 0.0
-    logprobs_of, batches, divisor = for_all_processes(policy, batches, divisor)  # one: no change
+    # logprobs_of is token_logprobs of this policy. Only several processes change anything (Part 8).
+    logprobs_of, batches, divisor = for_all_processes(policy, batches, divisor)
     for batch in batches:
         sequences = [r.prompt + r.prefix + r.completion for r in batch]
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
@@ -361,7 +363,8 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
 #
 # Everything random comes from generators seeded with (seed, step, process), the order of the data
 # with the seed. So weights, optimizer state and the number of steps are a run's whole state, and a
-# run that was stopped and resumed is the run that was not, bit for bit.
+# run that is stopped and resumed equals one that never stopped: bit for bit, on a CPU and with as
+# many processes. (This is process RANK of WORLD: 0 of 1, but under torchrun.)
 def batch_at(step: int, task: "Task", args: Recipe) -> list[Problem]:
     """The prompts of a step, whatever the number of processes; every problem once an epoch."""
     n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
@@ -379,7 +382,7 @@ def refresh(sampler: nn.Module, policy: nn.Module) -> None:
     """Copy the policy's weights into the sampler (if it is a copy: Part 8), one by one."""
     for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
         if old is not new:
-            old.copy_(whole(new))
+            old.copy_(unsharded(new))
 
 def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Optimizer,
                task: "Task", args: "Settings", step: int) -> tuple[dict, list[list[Rollout]]]:
@@ -388,7 +391,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     rng = random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
     problems = batch_at(step, task, args)[RANK::WORLD]
-    generate, reward, spent = metered(sampler, task, args)  # `sample`, the task's reward, a count
+    generate, reward, spent = metered(sampler, task, args)  # spent: their seconds and tokens
     groups = sample_groups(problems, args.schedule, generate, reward, rng,
                            max_response=args.max_response, speculate=args.speculate)
     for group in groups:
@@ -401,7 +404,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     for p in policy.parameters():  # zeros, not None, or AdamW's momentum would skip an inert step
         p.grad = torch.zeros_like(p)
     loss = accumulate_gradients(policy, rollouts, args)
-    norm = float(whole(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
+    norm = float(unsharded(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
     if math.isfinite(norm):
         set_learning_rate(optimizer, step, args)
         optimizer.step()
@@ -413,7 +416,9 @@ def train(args: "Settings") -> None:
     policy, tokenizer, sampler, optimizer, task, done = prepare(args)  # steps done, 0 or resumed
     open_log(args, done, tokenizer)
     if done == 0 and task.heldout:
-        log(args, done, {"eval": evaluate(sampler, task, args, greedy=True)})
+        metrics = {"eval": evaluate(sampler, task, args, greedy=True)}
+        log(args, done, metrics)
+        print_once(f"step 0: {in_short(metrics)}")
     signals, history = catch_signals(), []
     bar = tqdm(range(done, args.steps), args.method, disable=RANK > 0)
     for step in bar:
@@ -425,22 +430,24 @@ def train(args: "Settings") -> None:
             show_group(groups, tokenizer, args)
             print_once(f"step {done}: {in_short(metrics)}")
         log(args, done, metrics, groups[:2] if due else [])
-        print_silence(history, metrics, last, args)
+        hint_if_nothing_is_learnt(history, metrics, last, args)
         bar.set_postfix_str(in_short(metrics), refresh=False)
         stop = any(gather(bool(signals)))  # in any process
         if stop or last or done % args.save_every == 0:
             save(policy, tokenizer, Path(args.out, f"checkpoint-{done}"),
                  {"step": done, "optimizer": optimizer})
-        if stop:
-            break
-    finish(policy, tokenizer, done, args)
+        if stop and not last:
+            raise KeyboardInterrupt(f"stopped after step {done}; to go on: "
+                                    f"python trapo.py --resume --out {args.out}")
+    save(policy, tokenizer, Path(args.out, "model"))
+    print_once(f"{args.out}/model is the model; for its rollouts: python eval.py look {args.out}")
 
 # ==== The workshop. This was TRAPO; below is what it runs on.
 #
 # ==== Part 6. The sampler: draws rollouts for train_step, and responses for `evaluate` and eval.py.
 #
-# Not model.generate: here a group's prompt is read once, rows leave when they are finished, every
-# request has random numbers of its own, and the log-probs come as the tokens were drawn.
+# Not model.generate: here a group's prompt is read once, finished rows leave, every request has
+# random numbers of its own, and each token's log-prob is returned with it.
 @torch.inference_mode()
 def sample(policy: nn.Module, requests: list[Tokens], limits: list[int], temperature: float = 1.0,
            *, uniforms: Tensor | None = None, kv_tokens: int = 1 << 19,
@@ -620,7 +627,7 @@ def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
     for (request, limit), completion in zip(branches, results, strict=True):
         stock[tuple(request), limit].append(completion)
 
-    def hand_out(requests: list[Tokens], limits: list[int]) -> list[Completion]:
+    def hand_out(requests: list[Tokens], limits: list[int]) -> list[Sampled]:
         wanted = [(tuple(request), limit) for request, limit in zip(requests, limits)]
         if Counter(wanted) - Counter({key: len(left) for key, left in stock.items()}):
             raise ValueError("--speculate needs rewards in [0, 1]: use --no-speculate")
@@ -645,8 +652,8 @@ def as_input_error(doing: str, remedy: str) -> Iterator[None]:
         raise InputError(f"cannot {doing} ({reason}): {remedy}") from error
 
 def tree_states(policy: nn.Module, tree: dict, paths: list[list[int]]) -> Tensor:
-    """[N, H] hidden states of a tree's nodes, which the policy gets as one row; attention alone
-    (`attend`) makes sequences of them again, by what stands in the place of its mask."""
+    """[N, H] hidden states of a tree's nodes, which the policy gets as one row. For attention,
+    which alone needs sequences, `attend` rebuilds them from `rows`, passed as its mask."""
     width, device = max(map(len, paths)), policy.device
     rows = torch.tensor([path + [0] * (width - len(path)) for path in paths], device=device)
     places = {node: b * width + t for b, path in enumerate(paths) for t, node in enumerate(path)}
@@ -658,9 +665,9 @@ def tree_states(policy: nn.Module, tree: dict, paths: list[list[int]]) -> Tensor
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
            places: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
-    """Attention of transformers' models: as ever, or, given places, of [1, heads, N, D] nodes.
+    """The usual attention; given `places`, attention along the paths of [1, heads, N, D] nodes.
 
-    Then `mask` holds the [1, 1, B, T] nodes of the sequences. They are padded on the right and need
+    Then `mask` holds the [1, 1, B, T] nodes of the paths. They are padded on the right, which needs
     no mask: causal attention never looks there.
     """
     if places is None:
@@ -672,7 +679,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
     return out.flatten(0, 1).index_select(0, places)[None], None
 
 plain_attention = transformers.AttentionInterface()["sdpa"]
-transformers.AttentionInterface.register("sdpa", attend)
+transformers.AttentionInterface.register("sdpa", attend)  # for all models of this process
 
 def model_folder(name: str) -> Path:
     """A run's folder stands for the final model in it: runs/x is runs/x/model."""
@@ -925,7 +932,7 @@ def make_task(tokenizer, args: "Settings") -> Task:
 RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors
 
 def start_processes(backend: str, device: str) -> None:
     """Join the processes that torchrun started, if it did. InputError if something else did."""
@@ -943,17 +950,19 @@ def gather(value: object) -> list:
         dist.all_gather_object(values, value)
     return values
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, or what FSDP keeps of it in shards, put together."""
+def unsharded(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered if FSDP has sharded it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
     """Rollouts cut into micro-batches of at most `budget` tokens: a prompt counts once, a response
-    as the longest beside it. Rollouts of a prompt are neighbours. The longest come first, and so
-    does an out-of-memory error."""
+    as the longest beside it. Where prompts are long, whole sequences count, a quarter each: of them
+    attention alone keeps something. Rollouts of a prompt are neighbours, long responses first."""
     def cost(batch: list[Rollout]) -> int:
-        longest = max(len(r.prefix + r.completion) for r in batch)
-        return sum(map(len, {tuple(r.prompt) for r in batch})) + len(batch) * longest
+        prompts = {tuple(r.prompt) for r in batch}
+        responses = len(batch) * max(len(r.prefix + r.completion) for r in batch)
+        return max(sum(map(len, prompts)) + responses,
+                   (len(batch) * max(map(len, prompts)) + responses) // 4)
 
     by_length = sorted(rollouts, key=lambda r: -len(r.prefix + r.completion))
     prompts = dict.fromkeys(tuple(r.prompt) for r in by_length)
@@ -966,9 +975,9 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
 
 def for_all_processes(policy: nn.Module, batches: list[list[Rollout]],
                       divisor: float) -> tuple[Callable, list[list[Rollout]], float]:
-    """What accumulate_gradients needs so that the processes' gradients add up to that of one:
-    token_logprobs as FSDP knows it; equally many micro-batches, since all must take part in each
-    pass (a rollout of advantage 0 has gradient 0); and, since FSDP averages, the mean divisor."""
+    """What makes the processes' gradients add up to that of one: token_logprobs by FSDP's hook;
+    equally many micro-batches, since all take part in each pass (a rollout of advantage 0 has
+    gradient 0); and the mean of the divisors, since FSDP averages gradients."""
     logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
     missing = max(gather(len(batches))) - len(batches)
     nothing = [Rollout(prompt=[0], prefix=[], completion=[0])]
@@ -1024,7 +1033,7 @@ def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Pa
     with as_input_error(f"use {folder}/trainer.pt", "delete that checkpoint"):
         state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
         if state["optimizer"]["state"]:  # empty if every update was skipped
-            sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+            sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=FULL)
         if (any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items())
                 or state["step"] != int(folder.name[11:])):
             raise ValueError("it is of another model or step")
@@ -1038,10 +1047,10 @@ def checkpoints(out: Path) -> list[Path]:
 def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None) -> None:
     """Write a model's folder, whole or not at all: aside, then renamed. With a trainer (optimizer
     and step) it is a checkpoint, of which the newest two are kept. All processes must call it."""
-    weights = sharded.get_model_state_dict(policy, options=WHOLE)
+    weights = sharded.get_model_state_dict(policy, options=FULL)
     if trainer:
         trainer["optimizer"] = sharded.get_optimizer_state_dict(
-            policy, trainer["optimizer"], options=WHOLE)
+            policy, trainer["optimizer"], options=FULL)
     aside, old = folder.with_name(".unfinished"), folder.with_name(".old")
     if RANK == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -1072,7 +1081,7 @@ def open_log(args: "Settings", start: int, tokenizer) -> None:
         with as_input_error(f"mend {path}", "delete the lines that are damaged"):
             lines = path.read_text().splitlines(True) if path.exists() else []
             kept = [line for line in lines if line.endswith("}\n")  # a kill may have torn the last
-                    and json.loads(line)["step"] <= start]
+                    and json.loads(line)["step"] <= start > 0]
             write_whole(path, "".join(kept))
     for key in "dataset", "test", "max_prompt", "max_response":
         value = getattr(args, key)
@@ -1092,7 +1101,7 @@ def log(args: "Settings", step: int, metrics: dict, groups: Iterable[list[Rollou
                 file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
 
 def catch_signals() -> list[int]:
-    """A list that fills when Ctrl-C or SIGTERM comes; a second one does what it always does."""
+    """A list that is no longer empty after Ctrl-C or SIGTERM; a second signal acts as usual."""
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -1115,14 +1124,6 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         os.close(handle)
 
-def finish(policy: nn.Module, tokenizer, step: int, args: "Settings") -> None:
-    """How a run ends: a complete one's model is saved in <out>/model."""
-    if step < args.steps:
-        raise KeyboardInterrupt(f"stopped after step {step}; to go on: "
-                                f"python trapo.py --resume --out {args.out}")
-    save(policy, tokenizer, Path(args.out, "model"))
-    print_once(f"{args.out}/model is the model; for its rollouts: python eval.py look {args.out}")
-
 # ==== Part 9. Metrics, evaluation, printing: what the loop reports.
 def print_once(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
@@ -1139,7 +1140,7 @@ def metered(sampler: nn.Module, task: Task, args: "Settings") -> tuple:
     """sample_groups' `generate` and `reward`, and a count of the seconds and tokens they take."""
     spent = Counter(began=time.perf_counter())
 
-    def generate(requests: list[Tokens], limits: list[int]) -> list[Completion]:
+    def generate(requests: list[Tokens], limits: list[int]) -> list[Sampled]:
         spent["sample"] -= time.perf_counter()
         completions, logprobs = sample(sampler, requests, limits, args.temperature,
                                        kv_tokens=args.kv_tokens)
@@ -1192,7 +1193,8 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
         **seconds}
 
-def print_silence(history: list[dict], metrics: dict, last: bool, args: Recipe) -> None:
+def hint_if_nothing_is_learnt(history: list[dict], metrics: dict, last: bool,
+                              args: Recipe) -> None:
     """At the tenth step, or an earlier end, say if nothing was learnt from the policy's tokens."""
     history.append(metrics)
     if len(history) != 10 and not (last and len(history) < 10):
@@ -1207,8 +1209,8 @@ def print_silence(history: list[dict], metrics: dict, last: bool, args: Recipe) 
 def in_short(metrics: dict) -> str:
     """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
     names = {"reward_unguided": "alone", "guided": "guided", "loss": "loss"}
-    values = metrics.get("eval", {}) | {names[key]: metrics[key] for key in names}
-    skipped = "; no update, as the gradient is not finite" * (metrics["grad_norm"] is None)
+    values = metrics.get("eval", {}) | {names[key]: metrics.get(key) for key in names}
+    skipped = "; no update, as the gradient is not finite" * (metrics.get("grad_norm", 0) is None)
     return ", ".join(f"{name} {x:.3f}" for name, x in values.items() if x is not None) + skipped
 
 def evaluate(sampler: nn.Module, task: Task, args: "Settings", greedy: bool) -> dict[str, float]:
@@ -1372,8 +1374,9 @@ def read_defaults(folder: Path) -> dict:
             values = read_file(path)
             if unknown := values.keys() - DEFAULTS:
                 raise InputError(f"{path} cannot set {', '.join(unknown)}: type it")
-            for key in {"dataset", "test"} & values.keys() - HUB.keys():  # as seen from there
-                values[key] = os.path.normpath(path.parent / values[key])
+            for key in "dataset", "test":
+                if values.get(key, "gsm8k") not in HUB:  # a file, as seen from there
+                    values[key] = os.path.normpath(path.parent / values[key])
             return values
     return {}
 
