@@ -170,6 +170,8 @@ def report(settings: dict, records: list[dict], out: Path) -> None:
         chunk.unlink()
     print(pandas.DataFrame(found).drop("pass@1..k").T.to_string(float_format="{:.1%}".format))
     print(f"low to high: 95 % interval of avg@k; every sample is in {out}/samples.jsonl")
+    if unreadable := {r["answer"] for r in records if r["note"] == trapo.UNREADABLE}:
+        print(f"{len(unreadable)} answers cannot be read, and so are never right: {unreadable}")
     if average is not None:
         print(f"average of the paper's five benchmarks: {average:.1%}")
 
@@ -182,10 +184,10 @@ def evaluate(args: Namespace) -> None:
         raise InputError(f"--temperature {args.temperature}: give a number from 0 on")
     settings = trapo.fill_in({"device": args.device, "dataset": ""})  # and bf16, by the device
     trapo.start_processes("gloo", settings.device)
-    if args.rescore and not out.is_dir():
-        raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
     with trapo.locked(out):
         old, records = read_saved(out)
+        if args.rescore and not records:
+            raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
         trapo.gather(0)  # nobody writes before all have read
         if args.rescore:
             for r in tqdm(records, "grading"):
