@@ -182,7 +182,8 @@ def evaluate(args: Namespace) -> None:
     out = Path(args.out or (f"{home}eval" if folder.is_dir() else f"runs/eval-{folder.name}"))
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature}: give a number from 0 on")
-    settings = trapo.fill_in({"device": args.device, "dataset": ""})  # and bf16, by the device
+    settings = trapo.fill_in({"device": args.device, "model": args.model, "dataset": "gsm8k"})
+    trapo.check_settings(settings)
     trapo.start_processes("gloo", settings.device)
     with trapo.locked(out):
         old, records = read_saved(out)
@@ -226,8 +227,7 @@ CURVES = {"reward_unguided": "unguided reward", "guided": "share of rollouts gui
           "entropy": "entropy, nats", "response_length": "response length, tokens"}
 
 def run_settings(folder: str) -> dict:
-    """The settings of the run in a folder, or around a model or checkpoint; {} if it is no run's.
-    Those that are missing count as defaults."""
+    """The settings of the run in a folder or around a model, with defaults; {} if it is no run's."""
     for path in Path(folder, "settings.json"), Path(folder).parent / "settings.json":
         if path.exists():
             with as_input_error(f"use {path}", "restore it, or leave that run out"):
@@ -265,10 +265,8 @@ def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
     return settings, final, curves.join(accuracy, how="outer")
 
 def name_methods(runs: list[dict]) -> list[str]:
-    """Settings of runs -> names of their methods, with what tells the variants of a method apart.
-
-    That is what differs among them, or from the preset, by value: -1 is -1.0.
-    """
+    """Settings of runs -> names of their methods, with what tells variants of a method apart: what
+    differs among them, or from the preset, by value: -1 is -1.0."""
     names, runs = [], [dict(run) for run in runs]
     for run in runs:
         first = run_settings(str(run["model"]))  # of the run that this one goes on from
