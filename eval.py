@@ -227,7 +227,7 @@ CURVES = {"reward_unguided": "unguided reward", "guided": "share of rollouts gui
           "entropy": "entropy, nats", "response_length": "response length, tokens"}
 
 def run_settings(folder: str) -> dict:
-    """The settings of the run in a folder or around a model, with defaults; {} if it is no run's."""
+    """The settings of the run in a folder or around a model; {} if there is none."""
     for path in Path(folder, "settings.json"), Path(folder).parent / "settings.json":
         if path.exists():
             with as_input_error(f"use {path}", "restore it, or leave that run out"):
