@@ -517,8 +517,8 @@ def sampling_rates(sampler: torch.nn.Module, requests: list[Tokens], settings: S
 def speed(args: Namespace) -> None:
     """`eval.py speed`: the sampler, and whole steps of three methods, at several batch sizes.
 
-    Model FLOPs of an update: 6 a weight and token, the head's only for response tokens; neither
-    attention's products nor what is computed twice. MFU: their rate over a matrix product's.
+    Model FLOPs of an update: 6 a weight and token, of a prompt once, the head's only for response
+    tokens; no attention, nothing that is computed twice. MFU: their rate over a matrix product's.
     """
     flags = args.rest + (["--model", args.model] if args.model else [])
     settings = trapo.parse_args([*flags, f"--prompts={min(args.prompts)}"])
@@ -544,7 +544,7 @@ def speed(args: Namespace) -> None:
                 trapo.train_step(policy.train(), sampler, optimizer, task, settings, i)[0]
                 for i in tqdm(range(args.repeat + 1), method, leave=False)).loc[1:]  # 0: warm-up
             rollouts, tokens = prompts * sum(settings.sizes), steps.tokens_trained
-            read = tokens + prompt * (rollouts - steps.rollouts_skipped)
+            read = tokens + prompt * (rollouts - steps.rollouts_skipped) / sum(settings.sizes)
             rows[f"{method}, {rollouts} rollouts"] = pandas.DataFrame({
                 "sampled, k tokens/s": steps.tokens_generated / steps.seconds_sample / 1000,
                 "trained, k tokens/s": tokens / steps.seconds_update / 1000,
