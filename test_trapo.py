@@ -1025,8 +1025,7 @@ def test_what_the_chat_template_prints_after_an_answer_ends_a_response_and_a_sol
 def test_a_tokenizer_with_several_named_templates_is_trained_and_saved(stand_in, tokenizer):
     """It saves a folder of them; the final model is one rename, whatever it holds."""
     named = {"default": CHATML, "tool_use": CHATML + " "}
-    main([*model(like(stand_in, tokenizer, chat_template=named)), "--method", "sft", "--steps", "1",
-          "--prompts", "1"])
+    main([*model(like(stand_in, tokenizer, chat_template=named)), "--method", "sft"])
     assert load_policy("runs/copied-sft-seed0")[1].chat_template == named
 
 # ==== Part 7. Data and reward
@@ -1089,15 +1088,13 @@ def test_the_prompt_is_the_chat_template_or_a_plain_one(tokenizer):
     assert chat == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert trapo.prompt_tokens("What ends <|im_end|> here?", tokenizer).count(end) == 1
-    bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    bare.post_processor = tokenizers.processors.TemplateProcessing(
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    bare.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|im_start|> $A <|im_end|>",
         special_tokens=[("<|im_start|>", start), ("<|im_end|>", end)])
-    bare = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bare, eos_token="<|im_end|>", bos_token="<|im_start|>")
-    ((plain, solutions, _),) = read(bare, PLAIN_ROWS[0])
-    assert plain == f"<|im_start|>{asked}\n\n"
-    assert solutions == [PLAIN_ROWS[0]["solution"] + "<|im_end|>"]
+    assert read(bare, PLAIN_ROWS[0])[0][:2] == (
+        f"<|im_start|>{asked}\n\n", [PLAIN_ROWS[0]["solution"] + "<|im_end|>"])
 
 def test_a_template_may_print_the_date_or_open_the_thoughts(tokenizer):
     """The date is always the same, or no run could be resumed; a <think> is closed in the text."""
@@ -1223,16 +1220,15 @@ def test_with_bf16_the_sampler_and_the_update_compute_in_it_and_master_weights_a
 def test_held_out_draws_do_not_depend_on_the_number_of_processes(base, monkeypatch):
     """Every problem has its own random numbers, whichever process draws for it."""
     policy, _ = load_policy(base)
+    drawn, problems = {1: {}, 3: {}}, [Problem([i, 3], [], "") for i in range(3, 30)]
     monkeypatch.setattr(trapo, "gather", lambda value: [value])
-    drawn = {1: {}, 3: {}}
     for world, rank in ((1, 0), (3, 0), (3, 1), (3, 2)):
-        task = Task([], [Problem([i, 3], [], "") for i in range(3, 30)], lambda p, response: drawn[
-            world].update({p.prompt_ids[0]: response}) or len(response) % 2)
+        task = Task([], problems, lambda problem, response: drawn[world].update(
+            {problem.prompt_ids[0]: response}) or 1)
         monkeypatch.setattr(trapo, "WORLD", world)
         monkeypatch.setattr(trapo, "RANK", rank)
         share = trapo.evaluate(policy, task, settings("--max-response", "8"), greedy=False)
-        if world == 1:
-            assert share["held out"] == statistics.fmean(len(x) % 2 for x in drawn[1].values())
+        assert share == {"held out": pytest.approx(1 / world)}  # of its own alone, without gather
     assert drawn[3] == drawn[1] and len(set(map(tuple, drawn[1].values()))) > 20  # of 27
 
 TWO_PROCESSES = """
@@ -1253,6 +1249,12 @@ if trapo.RANK == 1:
 trapo.main(last)
 """
 
+def in_a_shell(*argv, cwd, **environment):
+    """Start Python with these arguments, on one thread."""
+    return subprocess.Popen(
+        [sys.executable, *argv], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
 @pytest.fixture(scope="module")
 def two(base, stand_in, tmp_path_factory):
     """A folder in which torchrun's two processes did what the tests below look at. SFT draws
@@ -1266,25 +1268,26 @@ def two(base, stand_in, tmp_path_factory):
     runs = [("trapo", ["--resume", "--out", "run", "--steps", "4"]),
             ("trapo", tiny_run(base, "few", "--prompts", "1", "--eval-size", "3")),
             ("eval", ["model", stand_in, *FEW, "--out", "samples"]), tiny_run(base, "failed")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         put(folder / "both.py", TWO_PROCESSES, "both.py"), str(HERE), json.dumps(runs)],
-        capture_output=True, text=True, timeout=240, cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    return folder, done
+    put(folder / "both.py", TWO_PROCESSES)
+    shutil.copy(HERE / "trapo.py", folder)
+    lone = in_a_shell("trapo.py", cwd=folder, RANK="1")  # at the same time: it only prints a line
+    both = in_a_shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                      "both.py", str(HERE), json.dumps(runs), cwd=folder, CUDA_VISIBLE_DEVICES="")
+    return Namespace(folder=folder, lone=(*lone.communicate(), lone.returncode),
+                     both=(*both.communicate(timeout=240), both.returncode))
 
 def test_two_processes_do_the_work_of_one(two):
     """Losses, norms, counts and weights; a process may have no prompt; an error in one ends both.
     With its traceback, and at once: destroy_process_group would wait for the other, up to a day."""
-    folder, done = two
-    assert [line["step"] for line in metrics_of(folder / "run")][-2:] == [3, 4], done.stderr
+    folder, (_, errors, code) = two.folder, two.both
+    assert [line["step"] for line in metrics_of(folder / "run")][-2:] == [3, 4], errors
     main(["--resume", "--out", str(folder / "run"), "--steps", "6"])
     assert_alike(folder / "alone", folder / "run")
     last = metrics_of(folder / "few")[-1]  # the second sampled and trained nothing, and waited
     assert last["step"] == 2
     assert last["logprob_gap"] is None or last["logprob_gap"] < 1e-5  # the copy is kept fresh
     load_policy(str(folder / "few"))
-    assert done.returncode != 0 and "the second process is out of luck" in done.stderr
+    assert code != 0 and "the second process is out of luck" in errors
     assert not [line for line in metrics_of(folder / "failed") if line["step"]]
 
 # ==== Part 8. Checkpoints, kills, signals
@@ -1296,14 +1299,13 @@ processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "m
 def at_call(place, call, action, patch):
     """Let the given call, from 1, of a "module function" do something before it does its work."""
     module, name = place.split()
-    module = sys.modules[module]
-    function, calls = getattr(module, name), iter(range(1, 10 ** 9))
+    function, calls = getattr(sys.modules[module], name), iter(range(1, 10 ** 9))
 
     def replaced(*args, **kwargs):
         if next(calls) == call:
             action()
         return function(*args, **kwargs)
-    patch.setattr(module, name, replaced)
+    patch.setattr(sys.modules[module], name, replaced)
 
 def raising(error):
     def fail():
@@ -1332,9 +1334,8 @@ def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(wh
         "checkpoint-2", "checkpoint-4", "defaults.json", "metrics.jsonl", "model",
         "rollouts.jsonl", "settings.json", "tokenizer"}
     assert weights(whole) == weights(whole / "checkpoint-4") != weights(whole / "checkpoint-2")
-    both = ["held out", "held out, greedy"]
-    assert [(line["step"], list(line.get("eval", {}))) for line in metrics_of(whole)] == [
-        (0, both), (1, []), (2, both[:1]), (3, []), (4, both)]
+    assert [(line["step"], len(line.get("eval", ""))) for line in metrics_of(whole)] == [
+        (0, 2), (1, 0), (2, 1), (3, 0), (4, 2)]  # sampled, and at both ends greedily as well
     before = json.loads((whole / "settings.json").read_text())
     assert set(before) == {f.name for f in fields(Settings)}
     shutil.copytree(whole, "moved")
@@ -1349,8 +1350,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, 
     """kill -9 amid rollouts, the update, the log and the writing of checkpoints: nothing is lost.
     Every attempt goes on from where the one before was killed, whatever that left half done."""
     for place, call in (("trapo write_whole", 4), ("trapo sample", 1), ("trapo refresh", 3),
-                        ("trapo write_whole", 2), ("torch save", 1), ("os replace", 5),
-                        ("trapo step_metrics", 2), ("shutil rmtree", 3), ("os replace", 5)):
+                        ("trapo write_whole", 2), ("torch save", 1), ("shutil rmtree", 3),
+                        ("os replace", 5)):
         resumed = ["--resume"] * Path("run/settings.json").exists()
         if not resumed:
             shutil.rmtree("run", ignore_errors=True)
@@ -1403,19 +1404,17 @@ def test_a_second_ctrl_c_ends_the_program_at_once(base, monkeypatch, capsys):
 @pytest.mark.parametrize("error, advice", [
     (OSError(28, "No space left on device"), True), (OSError(5, "Input/output error"), False),
     (safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True)])
-def test_a_full_disk_is_one_line_and_loses_nothing(base, error, advice, capsys):
+def test_a_full_disk_is_one_line_and_loses_nothing(base, whole, error, advice, capsys):
     """The checkpoint before stays, --resume goes on from it; no other error advises to free space.
     A last line that was torn is cut off, behind an inner brace too."""
-    flags = ("--steps", "3", "--save-every", "1")
-    main(tiny_run(base, "whole", *flags))
     with pytest.MonkeyPatch.context() as patch:
         at_call("torch save", 2, raising(error), patch)
-        assert ("free space" in refusal(tiny_run(base, "run", *flags), capsys)) == advice
-    assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-1"]
+        assert ("free space" in refusal(tiny_run(base, "run", *LONGER), capsys)) == advice
+    assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-2"]
     with Path("run/metrics.jsonl").open("a") as log:
-        log.write('{"step": 2, "eval": {"held out": 0.5}')
-    main([*tiny_run(base, "run", *flags), "--resume"])
-    assert_same("run", "whole")
+        log.write('{"step": 3, "eval": {"held out": 0.5}')
+    main([*tiny_run(base, "run", *LONGER), "--resume"])
+    assert_same("run", whole)
 
 # ==== Part 9. Rollouts that are kept, and printing
 
@@ -1469,7 +1468,7 @@ def rows(at, content, *flags):
 def model(folder):
     """The command line of a run of this model."""
     return ["--model", folder, "--dataset", write_rows(PLAIN_ROWS), "--device", "cpu",
-            "--max-prompt", "500", "--max-response", "500"]
+            "--max-prompt", "500", "--max-response", "500", *"--eval-size 0 --steps 1".split()]
 
 def other(at, file, content):
     """The command line of a run of the stand-in, one of whose files has another content."""
@@ -1574,7 +1573,8 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("no usable rows", lambda at: rows(at, [P | {"answer": ""}]), "no usable row.*1 no problem"),
     ("half a parquet", lambda at: put("x.parquet", "PAR1", rows(at, [], "--dataset", "x.parquet")),
      "x.parquet"),
-    ("nothing left to train on", lambda at: rows(at, [P] * 10), "all problems are held out"),
+    ("nothing left to train on", lambda at: rows(at, [P] * 10, "--eval-size", "1"),
+     "all problems are held out"),
     ("nothing to imitate", lambda at: rows(at, [P] * 9, "--method", "sft"), "needs solutions"),
     ("GSM8K without a network", lambda at: rows(at, [], "--dataset", "gsm8k"), "openai/gsm8k"),
     # ---- --resume
@@ -1608,7 +1608,7 @@ def assert_refused(make, words, at, capsys, program=main):
 
     with contextlib.ExitStack() as stack:
         at.enter = stack.enter_context
-        argv = make.split() if isinstance(make, str) else make(at)
+        argv = make(at) if callable(make) else make.replace("STAND_IN", at.stand_in).split()
         before = files()
         line = refusal(argv, capsys, program)
         assert re.search(words, line) and files() == before, line
@@ -1653,13 +1653,11 @@ def test_the_embedded_experiment_is_a_model_with_its_defaults():
     assert [found[key] for key in ("model", "dataset", "test")] == [
         str(HERE / ".clock" / name) for name in ("model", "train.jsonl", "test.jsonl")]
 
-def test_errors_reach_the_shell_as_one_line_and_exit_code_2():
+def test_errors_reach_the_shell_as_one_line_and_exit_code_2(two):
     """As a user of trapo.py alone, without .clock, sees it; RANK without torchrun is nothing."""
-    shutil.copy(HERE / "trapo.py", "trapo.py")
-    run = subprocess.run([sys.executable, "trapo.py"], capture_output=True, text=True,
-                         env=os.environ | {"RANK": "1"})
-    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert re.match("error: .*/.clock/model is not there: .*clone.*--model", run.stderr)
+    output, errors, code = two.lone
+    assert code == 2 and output == "" and errors.count("\n") == 1
+    assert re.match("error: .*/.clock/model is not there: .*clone.*--model", errors)
 
 def test_help_explains_every_flag_in_a_line(capsys):
     """--help, and exit code 0: a flag for each setting."""
@@ -1746,13 +1744,12 @@ def test_identical_rows_are_one_problem_sampled_as_often(
     found = evaluation.load_benchmark(str(path), tokenizer, PROTOCOL)
     counts = Counter((tuple(p.prompt_ids), p.answer) for p in found)
     assert len(counts) == problems and set(counts.values()) == {samples}
-    assert found[0].answer == found[samples - 1].answer and found[0].answer == (
-        answer or found[0].answer)
+    assert {p.answer for p in found[:samples]} == {answer or found[0].answer}
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there")
 def test_real_answers_verify_and_shuffled_ones_do_not():
     """\\boxed{answer} is right, but for a few that cannot be read: a sixth of the authors' files,
-    every power of ten of Minerva's, and a fifth of GSM8K's solutions, cleaned."""
+    every power of ten of Minerva's, and a tenth of GSM8K's solutions, cleaned."""
     files = {path.name: [trapo.read_row(row)[2] for row in load_rows(str(path))]
              for path in DATA.glob("valid.*.parquet")}
     answers = list(dict.fromkeys(answer for found in files.values() for answer in found))[::6]
@@ -1763,7 +1760,7 @@ def test_real_answers_verify_and_shuffled_ones_do_not():
               if (m := re.fullmatch(r"(-?[\d.]+)[eE]([-+]?\d+)", a))]
     assert len(powers) == 58 and all(
         math_reward(f"\\boxed{{{m[1]} \\times 10^{{{int(m[2])}}}}}", m[0]) for m in powers)
-    for _, (solution,), answer in map(trapo.read_row, load_rows(f"{DATA}/gsm8k_test.jsonl")[::5]):
+    for _, (solution,), answer in map(trapo.read_row, load_rows(f"{DATA}/gsm8k_test.jsonl")[::10]):
         assert math_reward(solution, answer) == 1
 
 # ---- Whole evaluations, of the stand-in for Qwen on a little file of five problems
@@ -1793,33 +1790,32 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_not_repeated(
             evaluation.main([*argv, "cut"])
     found, _ = Path("cut/samples.jsonl").read_text().split('{"benchmark": "more"', 1)
     assert found == Path("whole/samples.jsonl").read_text()
-    assert found == (two[0] / "samples" / "samples.jsonl").read_text(), two[1].stderr
+    assert found == (two.folder / "samples" / "samples.jsonl").read_text(), two.both[1]
     assert "settings" in refusal([*argv, "cut", "--temperature", "0"], capsys, evaluation.main)
     write_rows(PLAIN_ROWS[1:6], "few.jsonl")
     assert "other problems" in refusal([*argv, "cut"], capsys, evaluation.main)
 
-def test_protocol_is_temperature_06_and_greedy_samples_once(stand_in, monkeypatch):
-    """Without flags a sample per copy of the row. A response may have 8192 tokens, or what the
-    longest prompt leaves of the model's context, or, as its test rows are, the run's limit."""
+@pytest.mark.parametrize("flags, out, count, temperature, room", [
+    ("STAND_IN --on rows.jsonl --out a", "a", 10, 0.6, None),  # a sample per copy of the row
+    ("STAND_IN --on rows.jsonl --out b --temperature 0", "b", 5, 0, None),
+    ("copied --on rows.jsonl", "copied/eval", 10, 0.6, 8192), ("run", "run/eval", 10, 0.6, 9),
+    ("run/checkpoint-5", "run/checkpoint-5-eval", 10, 0.6, 9)])  # kept longer than the checkpoint
+def test_protocol_is_temperature_06_and_greedy_samples_once(
+        flags, out, count, temperature, room, stand_in, monkeypatch):
+    """A response may have 8192 tokens, or what the longest prompt leaves of the model's context
+    of 1024, or, on a run's own test rows, the run's limit."""
     seen = []
     monkeypatch.setattr(evaluation, "sample", lambda policy, requests, limits, temperature, **_: (
-        seen.append((len(requests), temperature, max(map(len, requests)) + limits[0]))
+        seen.extend((len(requests), temperature, max(map(len, requests)), limits[0]))
         or [[5]] * len(requests), []))
     write_rows(PLAIN_ROWS[:5] * 2)
     shutil.copytree(stand_in, "run/model")
     shutil.copytree(stand_in, "run/checkpoint-5")
     put("run/defaults.json", json.dumps({"test": "../rows.jsonl", "max_response": 9}))
     put(like(stand_in) + "/config.json", {"max_position_embeddings": 99999})
-    longest = max(len(p.prompt_ids) for p in evaluation.load_benchmark(
-        "rows.jsonl", transformers.AutoTokenizer.from_pretrained(stand_in), PROTOCOL))
-    for flags, out, expected in (
-            (f"{stand_in} --on rows.jsonl --out a", "a", (10, 0.6, 1024)),
-            (f"{stand_in} --on rows.jsonl --out b --temperature 0", "b", (5, 0, 1024)),
-            ("copied --on rows.jsonl", "copied/eval", (10, 0.6, longest + 8192)),
-            ("run", "run/eval", (10, 0.6, longest + 9)),
-            ("run/checkpoint-5", "run/checkpoint-5-eval", (10, 0.6, longest + 9))):  # kept longer
-        evaluation.main(["model", *flags.split()])
-        assert seen.pop() == expected and results(out)["benchmarks"]["rows"]["problems"] == 5
+    evaluation.main(["model", *flags.replace("STAND_IN", stand_in).split()])
+    assert seen == [count, temperature, seen[2], room or 1024 - seen[2]]
+    assert results(out)["benchmarks"]["rows"]["problems"] == 5
 
 # ---- Comparisons of runs
 
@@ -1883,8 +1879,7 @@ def test_methods_are_named_as_a_person_says_them(capsys):
 def test_what_trapo_writes_is_read_and_a_resumed_run_stays_the_same_method(base, capsys):
     """Two seeds, one of them resumed; SFT, which samples nothing; no evaluation in any."""
     main(tiny_run(base, "zero"))
-    main(tiny_run(base, "one", "--steps", "1", "--seed", "1", "--thresholds", "-1", ".5", ".7",
-                  ".9"))
+    main(tiny_run(base, "one", "--steps", "1", "--seed", "1", "--ratios", "0", ".2", ".5", "1"))
     main(["--resume", "--out", "one", "--steps", "2"])
     main(tiny_run(base, "sft", "--method", "sft"))
     assert compared(capsys, "zero", "one", "sft") == ["TRAPO (2)", "SFT (1)"]
@@ -1896,17 +1891,14 @@ def test_every_method_and_seed_is_a_line_and_medians_are_thick(monkeypatch):
     """In each of six axes, a method in its one colour, its variants in other strokes."""
     pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
     figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
-                        lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **_: figures.append(args))
     runs = [*four_runs(), write_run("a2", seed=2, accuracy=0.45), write_run("c0", lr=1e-4)]
     evaluation.main(["runs", *runs, "--plot", "curves.png"])
-    for axis in (axes := figures[0].axes):
+    for axis in (axes := figures[0][0].axes):
         thick = {x.get_label(): x.get_linestyle() for x in axis.lines if x.get_linewidth() > 1}
         assert thick == {"TRAPO, lr=5e-06": "-", "TRAPO, lr=0.0001": "--", "GRPO": "-"}
-        assert Counter(line.get_color() for line in axis.lines) == {
-            evaluation.COLOURS["TRAPO"]: 4 + 2, evaluation.COLOURS["GRPO"]: 2 + 1}
-    assert len(axes) == 6 and axes[-1].get_title() == "held-out accuracy"
-    found = Counter(round(line.get_ydata()[-1], 3) for line in axes[-1].lines)
+        assert len({line.get_color() for line in axis.lines}) == 2 and len(axis.lines) == 3 + 6
+    found = Counter(round(line.get_ydata()[-1], 3) for line in axes[5].lines)
     assert found == {0.4: 1, 0.6: 1, 0.45: 2, 0.1: 1, 0.2: 1, 0.15: 1, 0.5: 2}  # medians among them
 
 # ---- Speed, and what is refused
@@ -1923,23 +1915,19 @@ def test_speed_measures_the_products_own_code(capsys):
     policy = evaluation.speed_model("random:Qwen2.5-7B", "meta")
     assert sum(p.numel() for p in policy.parameters()) == 7_615_616_512  # as of the real one
 
-EVAL = ["model", "STAND_IN", "--out", "out", "--on"]
 EVAL_REFUSED = [  # as above
-    *((argv, lambda at, argv=argv: [at.stand_in if x == "STAND_IN" else x for x in argv], words)
-      for argv, words in (
-        (EVAL, "--on"), (EVAL[:-1], "--on some of"), ([*EVAL, "gsm9k"], "gsm9k"),
-        ([*EVAL, "none.jsonl"], "none.jsonl"), ([*EVAL, "aime25"], "math-ai/aime25"),
-        ([*EVAL, "few.jsonl", "few.jsonl"], "once"),
-        ([*EVAL, "few.jsonl", "--temperature", "-1"], "--temperature"),
-        ([*EVAL, "few.jsonl", "--temperature", "nan"], "--temperature"),
-        ([*EVAL, "few.jsonl", "--samples", "-1"], "--samples"),
-        ([*EVAL, "few.jsonl", "--chunk", "0"], "--chunk"),
-        ([*EVAL[:-1], "--rescore"], "no samples"),
-        ([*EVAL, "few.jsonl", "--max-tokens", "1020"], "1024"),
-        (["model", "nowhere", "--on", "few.jsonl"], "nowhere"), (["runs", "nowhere"], "nowhere"),
-        (["look", "nowhere"], "nowhere"), (["dance"], "dance"),
-        (["speed", "--model", "random:Qwen3"], "Qwen3"), (["speed", "--prompts", "0"], "prompts"),
-        (["speed", "--alpha", "2"], "alpha"), (["speed", "--max-response", "999"], "256"))),
+    *((flags, "model STAND_IN --out out " + flags, words) for flags, words in (
+        ("--on", "--on"), ("", "--on some of"), ("--on gsm9k", "gsm9k"),
+        ("--on no.jsonl", "no.jsonl"), ("--on aime25", "math-ai/aime25"),
+        ("--on few.jsonl few.jsonl", "once"),
+        ("--on few.jsonl --temperature -1", "--temperature"), ("--chunk 0", "--chunk"),
+        ("--on few.jsonl --temperature nan", "--temperature"), ("--samples -1", "--samples"),
+        ("--on few.jsonl --max-tokens 1020", "1024"), ("--rescore", "no samples"))),
+    *((flags, flags, words) for flags, words in (
+        ("model nowhere --on few.jsonl", "nowhere"), ("runs nowhere", "nowhere"),
+        ("look nowhere", "nowhere"), ("dance", "dance"), ("speed --prompts 0", "prompts"),
+        ("speed --model random:Qwen3", "Qwen3"), ("speed --alpha 2", "alpha"),
+        ("speed --max-response 999 --device cpu", "256"))),
     ("another program writes there", lambda at: held(at) and [
         "model", at.stand_in, *FEW, "--out", "run"], "another program"),
     ("nothing to rescore", lambda at: put("out/notes", "", ["model", "m", "--rescore", "--out",
@@ -1954,15 +1942,13 @@ EVAL_REFUSED = [  # as above
       for file, text, words in (
         ("settings.json", "[1]", "settings.json"), ("settings.json", "{", "settings.json"),
         ("settings.json", {"method": 3}, "settings.json"), ("metrics.jsonl", "[1]\n", "metrics"),
-        ("metrics.jsonl", "", "no finished step"), ("metrics.jsonl", "{\n", "metrics.jsonl"),
         ("metrics.jsonl", '{"step": 0, "eval": {}}\n', "no finished step"),
         ("metrics.jsonl", '{"step": 1, "tokens_generated": 5}\n', "reward_unguided"),
         ("metrics.jsonl", '{"step": 1, "eval": {"held out": "half"}}\n', "half"))),
     *((f"{file}: {text}", lambda at, file=file, text=text: put(f"out/{file}", text, [
         "model", "nowhere", "--on", "few.jsonl", "--out", "out"]), f"out/{file}.*(--out|delete)")
       for file, text in (
-        ("results.json", "[1]"), ("results.json", '{"settings": 3}'), ("samples-b-0.jsonl", "[]"),
-        ("samples-b-0.jsonl", '{"benchmark": "b"'), ("samples.jsonl", b'"\xfc"'),
+        ("results.json", '{"settings": 3}'), ("samples-b-0.jsonl", "{"), ("samples.jsonl", b"\xfc"),
         ("samples.jsonl", json.dumps(record("b", 0, 0, 1) | {"correct": "yes"})),
         ("samples.jsonl", json.dumps(record("b", 0, 7, 1))))),
     *((f"rollouts.jsonl: {text}", lambda at, text=text: at.tokenizer.save_pretrained(
@@ -1972,7 +1958,7 @@ EVAL_REFUSED = [  # as above
         ("[1]\n", "delete"), ('{"step": 5, "rollouts": [{"text": "?"}]}\n', "delete")))]
 
 @pytest.mark.parametrize("make, words", [row[1:] for row in EVAL_REFUSED],
-                         ids=[str(row[0])[:40] for row in EVAL_REFUSED])
+                         ids=[row[0] for row in EVAL_REFUSED])
 def test_eval_refuses_what_it_cannot_use_in_one_line(
         make, words, stand_in, base, tokenizer, few, capsys):
     """Exit code 2, no traceback, no file written or deleted."""
@@ -2042,19 +2028,18 @@ const choose = (selector, kind, value) => {
 }
 """
 
-def in_a_browser(script, width=900, dark=False):
+def in_a_browser(script, width=900):
     """What a script returns in the page of run a, in a real browser's frame of that width."""
     if not shutil.which("chromium"):
         pytest.skip("needs a browser: apt install chromium")
     script = json.dumps(f"{TOOLS}\n{script}").replace("<", "\\u003c")
-    put("a/frame.html", f"""<meta name="color-scheme" content="light dark"><iframe width="{width}"
-        height="800" src="rollouts.html"></iframe><pre></pre><script>onload = () =>
-        document.querySelector("pre").textContent = JSON.stringify(frames[0].eval({script}));
-        </script>""")
+    put("a/frame.html", f"""<iframe width="{width}" height="800" src="rollouts.html"></iframe><pre>
+        </pre><script>onload = () => document.querySelector("pre").textContent =
+        JSON.stringify(frames[0].eval({script}));</script>""")
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         "--allow-file-access-from-files", *["--force-dark-mode"] * dark, "--dump-dom",
-         Path("a/frame.html").absolute().as_uri()], capture_output=True, text=True, timeout=60)
+         "--allow-file-access-from-files", "--dump-dom", Path("a/frame.html").absolute().as_uri()],
+        capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in done.stderr, done.stderr  # no error
     return json.loads(html.unescape(re.search("<pre>(.*)</pre>", done.stdout, re.DOTALL)[1]))
 
@@ -2086,33 +2071,15 @@ def test_look_in_a_browser_tells_what_decided_on_help_and_what_a_token_weighs():
         'token "5": the policy\'s own, p not known, weight 0',
         *(f"{step}2" for step in (10, 120, 120, 10, 5, 5, 10))]
 
-@pytest.mark.parametrize("width, dark", [(360, False), (900, True)])
-def test_look_in_a_browser_shows_text_as_text_with_contrast_and_never_scrolls_sideways(
-        tokenizer, width, dark):
-    """Markup does nothing; long tokens wrap; a long rollout is a window of its own. WCAG's ratio of
-    every text to what is behind it is at least 4.5, in light and dark."""
-    def luminance(rgb):
-        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
-        return sum(x * weight for x, weight in zip(linear, (0.2126, 0.7152, 0.0722)))
-
-    def channels(colour):  # "rgb(1, 2, 3)" or "color(srgb 0.1 0.2 0.3 / 0.5)": three, and the share
-        numbers = [float(x) for x in re.findall("[0-9.e-]+", colour.removeprefix("color(srgb"))]
-        return [x / 255 if "rgb" in colour[:4] else x for x in numbers[:3]], [*numbers, 1][3]
-
+@pytest.mark.parametrize("width", [360, 900])
+def test_look_in_a_browser_shows_text_as_text_and_never_scrolls_sideways(tokenizer, width):
+    """Markup does nothing; long tokens wrap; a long rollout is a window of its own."""
     write_page("a", tokenizer, (5,), HOSTILE + "x" * 1500)
-    title, shown, images, beyond, height, *colours = in_a_browser("""[document.title,
-        text('group'), all('img, #group script', x => x).length,
-        document.documentElement.scrollWidth - innerWidth, $('.row').clientHeight,
-        ...all('#legend .token, h1, h2, p, label, .row, #status', x => getComputedStyle(x)).map(
-            style => [style.color, style.backgroundColor])]""", width, dark)
+    title, shown, images, beyond, height = in_a_browser("""[document.title, text('group'),
+        all('img, #group script', x => x).length,
+        document.documentElement.scrollWidth - innerWidth, $('.row').clientHeight]""", width)
     assert title == "TRAPO, token by token" and HOSTILE in shown.replace("␣", " ")
     assert images == 0 and beyond <= 0 and height < 400
-    behind, _ = channels(colours[-1][1])
-    assert (luminance(behind) < 0.1) == dark and len(colours) > 20
-    for ink, (fill, share) in ((channels(text)[0], channels(fill)) for text, fill in colours):
-        fill = [share * x + (1 - share) * y for x, y in zip(fill, behind)]
-        low, high = sorted((luminance(ink), luminance(fill)))
-        assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, fill)
 
 # ==== The world of the embedded experiment (.ci/clock.py) and the study on it (.ci/study.py)
 
@@ -2125,34 +2092,29 @@ def study():
 def test_clock_questions_and_experts_follow_their_rules():
     """Letters run on, the answer is where the clock ends, every line of a solution is right, or
     followed by "oops" and the line again; asides are said. So it is in the pretraining corpus."""
-    kinds = {"train": (5, 9, "?"), "test": (5, 9, "?"), "longer": (10, 10, "?"),
-             "textbook": (2, 4, ":"), "direct": (1, 1, "?")}
     rng, seen = random.Random(0), Counter()
     rows = [(name, row) for name in clock.SETS for row in clock.make_rows(name, 0)]
     rows += [("corpus", clock.corpus_row(rng, i / 2000, 0.5)) for i in range(2000)]
     for name, row in rows:
         first, hour, *words, mark = row["problem"].split()
-        steps, solution = len(words) // 2, row["solution"].split()
-        least, most, kind = kinds.get(name, (1, 10, mark))
-        assert "".join([first, *words[::2]]) in clock.LETTERS and least <= steps <= most
-        assert mark == kind and clock.is_right([*solution, "<eos>"], row["answer"])
+        letters, changes, solution = words[::2], words[1::2], row["solution"].split()
+        assert "".join([first, *letters]) in clock.LETTERS
+        assert clock.is_right([*solution, "<eos>"], row["answer"])
         body = [word for word in solution if word not in clock.FILLERS]
-        seen += Counter({(name, "steps"): steps, (name, "asides"): len(solution) - len(body),
+        seen += Counter({name: len(letters), (name, "asides"): len(solution) - len(body),
                          (name, "slips"): body.count("oops"), (name, mark, len(body) > 2): 1})
-        for letter, change in zip(words[::2], words[1::2]):
+        for letter, change in zip(letters, changes):
             hour = str((int(hour) + int(change)) % 24)
             if body[3:4] == ["oops"]:
                 assert body[:2] == [letter, change] and body[2] != hour
                 body = body[4:]
-            if body[0] != "#":
+            if body[0] != "#":  # not blurted
                 assert body[:3] == [letter, change, hour]
                 body = body[3:]
         assert body == ["#", row["answer"]] == ["#", hour]
-    assert 0.25 < seen["train", "asides"] / seen["train", "steps"] < 0.35
-    assert 0.07 < seen["train", "slips"] / seen["train", "steps"] < 0.13
+    assert 0.25 < seen["train", "asides"] / seen["train"] < 0.35
+    assert 0.07 < seen["train", "slips"] / seen["train"] < 0.13
     assert not seen["corpus", ":", False] and seen["corpus", "?", True] > 200
-    train, test = ({r["problem"] for name, r in rows if name == kind} for kind in ("train", "test"))
-    assert len(train) == 512 and not train & test
     for text in ("", "# 9 <eos>", "# 8", "8 <eos>", "# 7 # 8 <eos>", "# 8 # <eos>", "# 8 <eos> k"):
         assert not clock.is_right(text.split(), "8"), text
 
@@ -2192,32 +2154,11 @@ def test_the_shipped_world_is_clocks_and_its_base_can_work_but_does_not():
     found = {name: clock.accuracy(policy, name, 0) for name in ("textbook", "direct", "test")}
     assert found["textbook"] >= 0.95 and found["direct"] >= 0.9 and found["test"] < 0.1
 
-def test_what_the_study_asks_of_its_programs(study, monkeypatch):
-    """A world, then SFT on it, then GRPO on what that made, once; and another teacher's rows. The
-    teachers solve the same questions, one of them wrongly one time in five."""
-    asked, flags = [], {"method": "grpo", "lr": 1e-3, "seed": 1, "steps": 80, "base-worked": 0.01}
-    monkeypatch.setattr(study, "FOLDER", Path("study").absolute())
-    study.FOLDER.mkdir()
-
-    def call(words, **_):
-        asked.append(dict(zip(words[-2::-2], words[::-2])))
-        put(f"{words[2]}/defaults.json" if words[1] != "trapo.py" else
-            f"{asked[-1]['--out']}/model/config.json", "")
-    monkeypatch.setattr(study, "subprocess", Namespace(run=call))
-    for _ in range(2):
-        model = study.model_of({**flags, "after": {**flags, "method": "sft"}})
-    world, sft, grpo = asked
-    assert (world["--seed"], world["--worked"], grpo["--max-response"]) == ("1", "0.01", "56")
-    assert (sft["--steps"], grpo["--steps"], sft["--method"]) == ("80", "80", "sft")
-    assert grpo["--model"] == sft["--out"] + "/model" != str(model) == grpo["--out"] + "/model"
-    rows, right = clock.make_rows("train", 1), Counter()
-    for row, expert in product(rows, study.EXPERTS):
-        solution = study.solve(row["problem"], expert)
-        right[expert] += clock.is_right([*solution.split(), "<eos>"], row["answer"])
-    assert right["clean"] == right["noisy"] == right["usual"] == 512 and 380 < right["wrong"] < 435
-    study.model_of({**flags, "expert": "noisy"})
-    assert len(asked) == 4 and load_rows(asked[-1]["--dataset"]) == [
-        {**row, "solution": study.solve(row["problem"], "noisy")} for row in rows]
+def test_another_teacher_solves_the_same_questions_one_wrongly_one_time_in_five(study):
+    for expert in study.EXPERTS:
+        right = sum(clock.is_right([*study.solve(row["problem"], expert).split(), "<eos>"],
+                                   row["answer"]) for row in clock.make_rows("train", 3))
+        assert 380 < right < 435 if expert == "wrong" else right == 512
 
 def test_the_pages_say_what_the_studys_lines_say(study, monkeypatch):
     """The tables of .github/results.md, and the README's. A run is right half the time from its
@@ -2248,22 +2189,18 @@ SMOLLM2 = os.environ.get("TRAPO_SMOLLM2")
 @pytest.mark.parametrize("precision, low, high", [("--no-bf16", 0, 1e-3), ("--bf16", 1e-3, 0.3)])
 def test_a_really_pretrained_model_answers_and_is_trained_resumed_and_evaluated(
         precision, low, high):
-    """Through its template, which ends a turn; greedily as model.generate; weights stay fp32."""
+    """Through its template, which ends a turn; greedily as model.generate."""
     policy, tokenizer = load_policy(SMOLLM2)
     turn = [{"role": "user", "content": "What is 2 + 3?"}]
     requests = [trapo.prompt_tokens("What is 4 + 3?", tokenizer), tokenizer(
         trapo.render(tokenizer, turn, add_generation_prompt=True)).input_ids]
-    completions, logprobs = sample(policy, requests, [24] * 2, 0.0)
+    completions, _ = sample(policy, requests, [24] * 2, 0.0)
     assert "5" in tokenizer.decode(completions[1])
     assert completions[1][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for request, completion, found in zip(requests, completions, logprobs):
+    for request, completion in zip(requests, completions):
         assert policy.generate(torch.tensor([request]), do_sample=False, max_new_tokens=24,
                                attention_mask=torch.ones(1, len(request)))[0].tolist() == [
             *request, *completion]
-        (scored,), _ = token_logprobs(policy, [request + completion], [len(request)])
-        expected = naive(policy, request + completion, len(request))
-        torch.testing.assert_close([scored, torch.tensor(found)], [expected, expected.detach()],
-                                   rtol=0, atol=1e-4)
     write_rows(GSM8K_ROWS)
     main(["--model", SMOLLM2, "--dataset", "rows.jsonl", "--out", "run", "--prompts", "1",
           "--max-response", "40", "--eval-size", "0", "--lr", "1e-4", "--save-every", "1",
@@ -2272,6 +2209,5 @@ def test_a_really_pretrained_model_answers_and_is_trained_resumed_and_evaluated(
     first, second = metrics_of("run")[-2:]
     assert (first["step"], second["step"], first["guided_4"]) == (1, 2, 1)
     assert low <= first["logprob_gap"] < high and 0 < first["prefix_p"] < 1
-    assert {x.dtype for x in safetensors.torch.load(weights("run")).values()} == {torch.float32}
     evaluation.main(["model", "run", "--on", "rows.jsonl", "--limit", "2", "--max-tokens", "12"])
     assert results("run/eval")["benchmarks"]["rows"]["problems"] == 2
