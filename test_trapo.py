@@ -471,13 +471,9 @@ def test_speculation_asks_eleven_requests_a_prompt_in_one_call():
     assert asked == {(p, *SOLUTION[:n], 12 - n): count
                      for p in (5, 6) for n, count in ((0, 8), (2, 2), (5, 1))}
     assert [[len(r.prefix) for r in group] for group in groups] == [GUIDED] * 2
-
-@pytest.mark.parametrize("method, requests", [("grpo", 8), ("luffy", 7), ("sft", 0),
-                                              ("fixed-prefix", 7)])
-def test_speculation_draws_nothing_that_no_threshold_can_choose(method, requests):
-    """A threshold of -1 or ALWAYS leaves one branch only (and sft generates nothing at all)."""
-    _, script = draw([0] * 8, schedule=settings("--method", method).schedule, speculate=True)
-    assert script.drawn == requests
+    for method, drawn in (("grpo", 8), ("luffy", 7), ("fixed-prefix", 7), ("sft", 0)):  # one branch
+        _, script = draw([0] * 8, schedule=settings("--method", method).schedule, speculate=True)
+        assert script.drawn == drawn
 
 def test_speculation_relies_on_rewards_from_0_to_1():
     """A reward of -1 decides on help that no reward in [0, 1] could: nothing was drawn for it."""
@@ -1117,15 +1113,13 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted_in_one_line(changes, t
     (kept, dropped), = (x.split("dropped") for x in capsys.readouterr().out.splitlines())
     assert "3 problems, 2 with solutions" in kept and re.findall(r"\d+", dropped) == ["1"]
 
-def test_lengths_of_exactly_the_limit_are_kept(tokenizer):
-    """A prompt of max_prompt tokens, a solution of max_response with its EOS; one more is out."""
+@pytest.mark.parametrize("name", ["max_prompt", "max_response"])
+def test_lengths_of_exactly_the_limit_are_kept_and_one_more_is_out(name, tokenizer):
     ((prompt, (solution,), _),) = read(tokenizer, PLAIN_ROWS[0])
-    limits = {"max_prompt": len(tokenizer(prompt).input_ids),
-              "max_response": len(tokenizer(solution).input_ids)}
-    assert len(read(tokenizer, PLAIN_ROWS[0], **limits)) == 1
-    for name in limits:
-        with pytest.raises(InputError, match="1 (prompt|solution) too long"):
-            read(tokenizer, PLAIN_ROWS[0], **{**limits, name: limits[name] - 1})
+    limit = len(tokenizer({"max_prompt": prompt, "max_response": solution}[name]).input_ids)
+    assert read(tokenizer, PLAIN_ROWS[0], **{name: limit})
+    with pytest.raises(InputError, match="1 (prompt|solution) too long"):
+        read(tokenizer, PLAIN_ROWS[0], **{name: limit - 1})
 
 def test_rows_are_read_as_they_were_written():
     """Numbers in JSON keep their digits; parquet keeps lists, and null is null. A file's name is no
@@ -1967,22 +1961,6 @@ def test_eval_refuses_what_it_cannot_use_in_one_line(
 
 # ---- The page of a run's rollouts
 
-@pytest.mark.parametrize("method, share", [
-    ("trapo", lambda p: (p / 0.1).clamp(max=1)), ("sft", lambda p: p / p),
-    ("micro", lambda p: 0 * p), ("luffy", lambda p: 0.75 * 0.1 * p / (p + 0.1) ** 2)])
-def test_tokens_on_the_page_carry_the_weight_they_were_trained_with(base, method, share):
-    """-dL/dlog p: for the policy's own the advantage, for the expert's the prefix loss's."""
-    args = settings("--method", method, "--sizes", "2", "--ratios", "0", "--thresholds", "-1")
-    policy, tokenizer = load_policy(base)
-    rollouts = [Rollout([30, 40, 2], [9, 50, 60], [10, 51], reward=1.0, advantage=0.75),
-                Rollout([30, 40, 2], [], [10, 51, 1], sampler_logprobs=[-1.0, math.nan, -INF])]
-    accumulate_gradients(policy, rollouts, args)
-    first, inert = evaluation.page_group(rollouts, tokenizer, args)["rollouts"]
-    assert "".join(first["text"]) == tokenizer.decode([9, 50, 60, 10, 51]) and first["expert"] == 3
-    expected = share(torch.tensor(first["logprob"][:3]).exp()).tolist()
-    assert first["weight"] == pytest.approx([*expected, 0.75, 0.75], rel=2e-3)
-    assert inert["weight"] == [0, 0, 0] and inert["logprob"] == [-1, None, None]  # valid JSON
-
 HOSTILE = "</script><script>document.title = 1</script><img src=x onerror=document.title=2>"
 
 def write_page(name, tokenizer, steps=(5, 10), text="5"):
@@ -2005,7 +1983,14 @@ def write_page(name, tokenizer, steps=(5, 10), text="5"):
 
 def test_look_writes_a_page_that_holds_the_rollouts_and_loads_nothing(tokenizer, capsys):
     """Text of a run cannot end the script that holds it; a character of several tokens is seen
-    with the last."""
+    with the last; what is not finite, and so no JSON, is null. Weights are what was trained with:
+    of the policy's own the advantage, of the expert's -dL/dlog p of the prefix loss."""
+    own = Rollout([2], [7], [8, 9], advantage=0.5, logprobs=[math.log(0.02), math.nan, -1])
+    for method, weight in (("trapo", 0.2), ("naive", 1), ("micro", 0), ("luffy", 1 / 14.4)):
+        args = settings("--method", method, "--sizes", "1", "--ratios", "0", "--thresholds", "-1")
+        (shown,) = evaluation.page_group([own], tokenizer, args)["rollouts"]
+        assert shown["weight"] == pytest.approx([weight, 0.5, 0.5], rel=1e-3)
+        assert shown["logprob"] == [-3.912, None, -1]
     page = write_page("a", tokenizer, text=HOSTILE + "a 漢字 \U0001f600 é b")
     assert capsys.readouterr().out == "open a/rollouts.html in a browser\n"
     assert page.count("<script") == page.count("</script") == 1 and "<img" not in page
@@ -2120,23 +2105,21 @@ def test_clock_questions_and_experts_follow_their_rules():
 
 def test_a_world_is_made_again_bit_for_bit_and_its_base_until_it_is_sound(monkeypatch, capsys):
     """Of the seed and the share; nothing is written over. A base that is not sound is told."""
-    def make(folder, *flags):
-        monkeypatch.setattr(sys, "argv", ["clock.py", folder, "--base-steps", "6", *flags])
+    made = {}
+    for flags in ("a --seed 5", "b --seed 5", "c", "d --seed 5 --worked 1"):
+        monkeypatch.setattr(sys, "argv", ["clock.py", *flags.split(), "--base-steps", "6"])
         clock.main()
-        return [Path(folder, name).read_bytes() for name in
-                ("model/model.safetensors", *(f"{name}.jsonl" for name in clock.SETS))]
-    first, again, other, worked = (make(*words.split()) for words in (
-        "a --seed 5", "b --seed 5", "c", "d --seed 5 --worked 1"))
-    assert again == first and not set(other) & set(first)
-    assert worked[0] != first[0] and worked[1:] == first[1:]
-    with pytest.raises(SystemExit, match="a is not empty"):
-        make("a")
+        made[flags[0]] = [Path(flags[0], name).read_bytes() for name in (
+            "model/model.safetensors", *(f"{name}.jsonl" for name in clock.SETS))]
+    assert made["a"] == made["b"] and not set(made["a"]) & set(made["c"])
+    assert made["a"][0] != made["d"][0] and made["a"][1:] == made["d"][1:]
+    with pytest.raises(SystemExit, match="d is not empty"):
+        clock.main()
     starts, scores = [], iter([0.96, 0.85, 0.94, 1.0, 0.96, 0.92, *[0] * 8])
     monkeypatch.setattr(clock, "pretrain", lambda seed, *_: starts.append(seed) or len(starts))
     monkeypatch.setattr(clock, "accuracy", lambda *_: next(scores))
     assert clock.make_base(7, 0.0, 2500) == 3 and starts == [7, 7 + 2**32, 7 + 2**33]
-    verdicts = re.findall("is (.*sound): .*", capsys.readouterr().out)
-    assert verdicts == ["not sound", "not sound", "sound"]
+    assert re.findall("is (.*sound): .*", capsys.readouterr().out) == ["not sound"] * 2 + ["sound"]
     with pytest.raises(SystemExit, match="four bases of seed 7 are not sound"):
         clock.make_base(7, 0.0, 2500)
 
