@@ -565,6 +565,42 @@ def test_the_head_sees_response_positions_only_and_a_chunk_at_a_time(monkeypatch
     sum(row.sum() for row in logprobs).backward()  # computes them again, chunk by chunk
     assert sum(rows) == 2 * (4 + 5) and max(rows) <= 3
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_sequences_share_is_computed_once(recompute):
+    """A prompt, an expert's prefix, a whole sequence: each distinct beginning is one node, and
+    values and gradients are those of a pass for each sequence."""
+    policy, computed = tiny_policy().train(), []
+    if recompute:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    sequences = [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], [3, 4, 5, 9], [3, 4, 5, 6, 10], [4, 5, 6]]
+    starts = [3, 3, 3, 3, 1]
+    hook = policy.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: computed.append(inputs[0].numel()))
+    logprobs, _ = token_logprobs(policy, sequences, starts)
+    hook.remove()
+    assert computed == [5 + 0 + 0 + 0 + 2]  # the last token of a sequence predicts nothing
+    found = torch.autograd.grad(sum(row.square().sum() for row in logprobs), policy.parameters())
+    policy.eval()
+    expected = [naive(policy, s, start) for s, start in zip(sequences, starts)]
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-10)
+    expected = torch.autograd.grad(sum(row.square().sum() for row in expected), policy.parameters())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+def test_the_tree_reaches_attention_as_it_is(monkeypatch):
+    """It travels as a mask of four dimensions, which no model may change: node numbers of the
+    paths, a path's end filled with node 0; and one place of each node."""
+    seen = []
+    monkeypatch.setattr(trapo, "plain_attention", lambda *x, **options: seen.append(x[1].shape)
+                        or (x[1].transpose(1, 2).contiguous(), None))
+    attend = trapo.attend
+
+    def noted(module, query, key, value, mask, places=None, **options):
+        assert mask.tolist() == [[[[0, 1, 2], [0, 3, 0]]]] and places.tolist() == [3, 1, 2, 4]
+        return attend(module, query, key, value, mask, places, **options)
+    monkeypatch.setitem(transformers.AttentionInterface()._global_mapping, "sdpa", noted)
+    token_logprobs(tiny_policy(), [[3, 4, 5, 6], [3, 7, 8]], [1, 1])
+    assert seen == [(2, 4, 3, 4)] * 2  # sequences, heads, tokens, dimensions; in each layer
+
 # ==== Part 4. The update
 
 # The prefix losses once more, written differently: trsft as in the authors' code, whose value is
@@ -938,6 +974,74 @@ def test_a_long_tail_is_drawn_exactly(temperature):
     assert found.tolist() == expected.tolist()
     assert not gone[found].any() and 10 < (found != 77_777).sum() < 45
     assert logprobs.numpy() == pytest.approx(numpy.log(weights[expected] / edges[-1]), abs=1e-5)
+
+@pytest.mark.parametrize("size", [1, 90, 128, 129, 300, 50_257])
+def test_any_size_of_vocabulary_is_drawn_from_exactly(size):
+    """Against numpy's inverse CDF, whether blocks of 128 cover the vocabulary or not."""
+    random_numbers = torch.Generator().manual_seed(size)
+    logits = torch.randn(size, generator=random_numbers) * 3
+    weights = (logits - logits.max()).exp().double().numpy()
+    edges = weights.cumsum()
+    uniforms = numpy.random.default_rng(0).random(200)
+    expected = numpy.searchsorted(edges, uniforms * edges[-1], side="right")
+    tokens, logprobs = draw_tokens(logits.expand(200, -1), torch.from_numpy(uniforms), 1.0)
+    assert tokens.tolist() == expected.tolist()
+    assert logprobs.numpy() == pytest.approx(numpy.log(weights[expected] / edges[-1]), abs=1e-5)
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_bf16_logits_are_drawn_from_like_float32(temperature):
+    """The same tokens and log-probs as from the same numbers in float32."""
+    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).bfloat16() * 4
+    uniforms = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(draw_tokens(logits, uniforms, temperature),
+                    draw_tokens(logits.float(), uniforms, temperature)):
+        assert a.tolist() == b.tolist()
+
+def test_a_batchs_bias_is_what_cudas_kernel_takes_as_it_is(monkeypatch):
+    """Of the model's type, -inf or 0, its width a multiple of 16, also when rows have moved."""
+    biases, forward = [], trapo.DecodeBatch.forward
+
+    def noted(self):
+        biases.append(self.bias.clone())
+        return forward(self)
+    monkeypatch.setattr(trapo.DecodeBatch, "forward", noted)
+    sample(tiny_policy(), RAGGED, [40 * (limit > 0) for limit in LIMITS], 0.0)
+    assert len({bias.shape for bias in biases}) > 2
+    for bias in biases:
+        assert bias.dtype == torch.float64 and bias.shape[1] % 16 == 0
+        assert set(bias.unique().tolist()) <= {0.0, -math.inf} and not bias.isinf().all(1).any()
+
+def test_where_graphs_are_recorded_rows_leave_at_half(monkeypatch):
+    """A move records a graph then, which costs more than a row that is done."""
+    sizes, policy = {}, tiny_policy()
+    for share, record in ((0.75, None), (0.5, lambda self: self.forward)):
+        sizes[share], init = [], trapo.DecodeBatch.__init__
+
+        def noted(self, *args):
+            init(self, *args)
+            self.replay = record and record(self)
+            sizes[share].append(len(self.bias))
+        with monkeypatch.context() as patch:
+            patch.setattr(trapo.DecodeBatch, "__init__", noted)
+            results = sample(copy.deepcopy(policy), [[3]] * 16, list(range(1, 17)), 0.0)
+        assert [len(tokens) for tokens in results[0]] == sorted(map(len, results[0]))
+    assert all(b <= 0.5 * a for a, b in zip(sizes[0.5], sizes[0.5][1:]))
+    assert len(sizes[0.5]) < len(sizes[0.75])
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_bf16_is_on_by_default_where_the_card_computes_in_it(modern, monkeypatch):
+    """Not on a T4 or V100, which would emulate it; and never on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated or modern)
+    known = {"dataset": "gsm8k", "model": "x"}
+    assert trapo.fill_in(known).bf16 is modern and trapo.fill_in(known | {"bf16": True}).bf16 is True
+    assert trapo.fill_in(known | {"device": "cpu"}).bf16 is False
+
+def test_the_samplers_copy_turns_cudnns_attention_off():
+    """It would make a plan for every new shape of a batch."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    trapo.make_sampler(tiny_policy(), trapo.Settings(device="cpu", bf16=True))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 # ==== Part 7. Models
 
