@@ -178,7 +178,7 @@ def report(settings: dict, records: list[dict], out: Path) -> None:
 def evaluate(args: Namespace) -> None:
     """`eval.py model`: sample what is missing, grade it, report. With --rescore: only grade."""
     folder = Path(args.model)
-    home = f"{folder}-" if folder.name.startswith("checkpoint-") else f"{folder}/"  # kept longer
+    home = f"{folder}-" if (folder.parent / "settings.json").exists() else f"{folder}/"  # kept
     out = Path(args.out or (f"{home}eval" if folder.is_dir() else f"runs/eval-{folder.name}"))
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature}: give a number from 0 on")
@@ -465,7 +465,7 @@ def look(args: Namespace) -> None:
         raise InputError(f"{path}: the run kept no rollouts yet: it does when it evaluates")
     run = {key: list(curves[name].dropna().items()) for key, name in CURVES.items()}
     run |= {key: settings[key] for key in ("method", "seed", "alpha", "prefix_loss")}
-    run |= {"groups": groups, "dataset": os.path.relpath(settings["dataset"])}
+    run |= {"groups": groups, "dataset": os.path.relpath(str(settings["dataset"] or "?"))}
     trapo.write_whole(page, PAGE.replace("RUN", json.dumps(run).replace("<", "\\u003c"), 1))
     print(f"open {page} in a browser")
 

@@ -57,7 +57,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.utils.checkpoint import checkpoint
@@ -910,7 +909,8 @@ def make_task(tokenizer, args: "Settings") -> Task:
     test = load_rows(args.test or args.dataset, "test") if apart else rows
     split = len(test) - min(args.eval_size, len(test) if apart else len(test) // 10)
     rows, test = rows if apart else rows[:split], test[split:]
-    heldout = make_problems(test, tokenizer, args, heldout=True) if test else []
+    wanted = test or apart and args.eval_size
+    heldout = make_problems(test, tokenizer, args, heldout=True) if wanted else []
     asked = [problem.prompt_ids for problem in heldout]
     train = [p for p in make_problems(rows, tokenizer, args) if p.prompt_ids not in asked]
     if not train:
@@ -1041,7 +1041,7 @@ def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Pa
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = (path for path in out.glob("checkpoint-*/") if path.name[11:].isdigit())
+    found = (path for path in out.glob("checkpoint-*/") if path.name[11:].isdecimal())
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None) -> None:
@@ -1076,21 +1076,22 @@ def write_whole(path: Path, text: str) -> None:
 def open_log(args: "Settings", start: int, tokenizer) -> None:
     """Write what describes the run, and cut its logs back to step `start`."""
     gather(0)  # nobody writes before everybody has read
+    if RANK:
+        return
     out, data = Path(args.out), {}
-    for path in (out / "metrics.jsonl", out / "rollouts.jsonl") if RANK == 0 else ():
-        with as_input_error(f"mend {path}", "delete the lines that are damaged"):
-            lines = path.read_text().splitlines(True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("}\n")  # a kill may have torn the last
-                    and json.loads(line)["step"] <= start > 0]
-            write_whole(path, "".join(kept))
     for key in "dataset", "test", "max_prompt", "max_response":
         value = getattr(args, key)
         is_file = isinstance(value, str) and value not in HUB
         data[key] = os.path.abspath(value) if is_file else value
-    if RANK == 0:
-        tokenizer.save_pretrained(out / "tokenizer")  # for `eval.py look`
-        write_whole(out / "defaults.json", json.dumps(data, indent=1))
-        write_whole(out / "settings.json", json.dumps(vars(args), indent=1))
+    write_whole(out / "settings.json", json.dumps(vars(args), indent=1))
+    write_whole(out / "defaults.json", json.dumps(data, indent=1))
+    tokenizer.save_pretrained(out / "tokenizer")  # for `eval.py look`
+    for path in out / "metrics.jsonl", out / "rollouts.jsonl":
+        with as_input_error(f"mend {path}", "delete the lines that are damaged"):
+            lines = path.read_text().splitlines(True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("}\n")  # a kill may have torn the last
+                    and json.loads(line)["step"] <= start > 0]
+        write_whole(path, "".join(kept))
 
 def log(args: "Settings", step: int, metrics: dict, groups: Iterable[list[Rollout]] = ()) -> None:
     """Append a line to metrics.jsonl, and one for each group worth keeping to rollouts.jsonl."""
@@ -1350,7 +1351,7 @@ def read_file(path: Path) -> dict:
     """Settings in a JSON file, checked as if they had been typed; a run's that are missing, which
     count as defaults, are named."""
     with as_input_error(f"use {path}", "correct it, or give another folder"):
-        values, flags = dict(json.loads(path.read_text())), []
+        values, flags = json.loads(path.read_text()), []
         for key, value in values.items():
             name = key.replace("_", "-")
             if isinstance(value, list):
@@ -1400,21 +1401,22 @@ def one_line_errors() -> Iterator[None]:
     Of several processes one that fails ends at once, and torchrun then ends the others, for which
     destroy_process_group would wait."""
     transformers.utils.logging.disable_progress_bar()
-    for noisy in "huggingface_hub", "datasets", "math_verify":  # what goes wrong is said once
+    for noisy in "huggingface_hub", "transformers", "datasets", "math_verify":  # it is said once
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     code = 0
     try:
         yield
         if WORLD > 1:
             dist.destroy_process_group()
-    except (InputError, OSError, SafetensorError, KeyboardInterrupt) as error:
-        text = str(error).replace("\n", "\\n") or "interrupted"
-        text += "; free space, then --resume" * ("No space left" in text)
-        print("error:", text, file=sys.stderr, flush=True)
+    except (Exception, KeyboardInterrupt) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        text = str(error).replace("\n", "\\n") or "interrupted"
+        if "No space left" in f"{error!r} {error.__context__!r}":  # torch's error has no such class
+            text = "no space left on the disk: free some, then --resume"
+        elif not isinstance(error, InputError | OSError | UnicodeError | KeyboardInterrupt):
+            traceback.print_exc()
+            code, text = 1, "a fault of the program: please report the lines above"
+        print("error:", text, file=sys.stderr, flush=True)
     if WORLD > 1:
         os._exit(code)
     if code:
