@@ -1034,7 +1034,7 @@ def test_bf16_is_on_by_default_where_the_card_computes_in_it(modern, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated or modern)
     known = {"dataset": "gsm8k", "model": "x"}
-    assert trapo.fill_in(known).bf16 is modern and trapo.fill_in(known | {"bf16": True}).bf16 is True
+    assert trapo.fill_in(known).bf16 is modern and trapo.fill_in(known | {"bf16": True}).bf16
     assert trapo.fill_in(known | {"device": "cpu"}).bf16 is False
 
 def test_the_samplers_copy_turns_cudnns_attention_off():
@@ -1499,8 +1499,11 @@ def test_a_second_ctrl_c_ends_the_program_at_once(base, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err and not checkpoints(Path("run"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
+TORCHS = RuntimeError("[enforce fail at inline_container.cc:672]")
+TORCHS.__context__ = OSError(28, "No space left on device")
+
 @pytest.mark.parametrize("error, advice", [
-    (OSError(28, "No space left on device"), True), (OSError(5, "Input/output error"), False),
+    (TORCHS.__context__, True), (OSError(5, "Input/output error"), False), (TORCHS, True),
     (safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True)])
 def test_a_full_disk_is_one_line_and_loses_nothing(base, whole, error, advice, capsys):
     """The checkpoint before stays, --resume goes on from it; no other error advises to free space.
@@ -1910,6 +1913,7 @@ def test_protocol_is_temperature_06_and_greedy_samples_once(
     shutil.copytree(stand_in, "run/model")
     shutil.copytree(stand_in, "run/checkpoint-5")
     put("run/defaults.json", json.dumps({"test": "../rows.jsonl", "max_response": 9}))
+    put("run/settings.json", "{}")
     put(like(stand_in) + "/config.json", {"max_position_embeddings": 99999})
     evaluation.main(["model", *flags.replace("STAND_IN", stand_in).split()])
     assert seen == [count, temperature, seen[2], room or 1024 - seen[2]]

@@ -1074,24 +1074,23 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 def open_log(args: "Settings", start: int, tokenizer) -> None:
-    """Write what describes the run, and cut its logs back to step `start`."""
+    """Cut a resumed run's logs back to step `start`, and write what describes the run."""
     gather(0)  # nobody writes before everybody has read
     if RANK:
         return
     out, data = Path(args.out), {}
+    for path in filter(Path.exists, (out / "metrics.jsonl", out / "rollouts.jsonl")):
+        with as_input_error(f"mend {path}", "delete the lines that are damaged"):
+            kept = [line for line in path.read_text().splitlines(True)  # a kill may have torn the
+                    if line.endswith("}\n") and json.loads(line)["step"] <= start > 0]  # last one
+        write_whole(path, "".join(kept))
     for key in "dataset", "test", "max_prompt", "max_response":
         value = getattr(args, key)
         is_file = isinstance(value, str) and value not in HUB
         data[key] = os.path.abspath(value) if is_file else value
-    write_whole(out / "settings.json", json.dumps(vars(args), indent=1))
+    write_whole(out / "settings.json", json.dumps(vars(args) | {"resume": False}, indent=1))
     write_whole(out / "defaults.json", json.dumps(data, indent=1))
     tokenizer.save_pretrained(out / "tokenizer")  # for `eval.py look`
-    for path in out / "metrics.jsonl", out / "rollouts.jsonl":
-        with as_input_error(f"mend {path}", "delete the lines that are damaged"):
-            lines = path.read_text().splitlines(True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("}\n")  # a kill may have torn the last
-                    and json.loads(line)["step"] <= start > 0]
-        write_whole(path, "".join(kept))
 
 def log(args: "Settings", step: int, metrics: dict, groups: Iterable[list[Rollout]] = ()) -> None:
     """Append a line to metrics.jsonl, and one for each group worth keeping to rollouts.jsonl."""
@@ -1412,7 +1411,7 @@ def one_line_errors() -> Iterator[None]:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         text = str(error).replace("\n", "\\n") or "interrupted"
         if "No space left" in f"{error!r} {error.__context__!r}":  # torch's error has no such class
-            text = "no space left on the disk: free some, then --resume"
+            text = "no space left on the disk: free space there, then --resume"
         elif not isinstance(error, InputError | OSError | UnicodeError | KeyboardInterrupt):
             traceback.print_exc()
             code, text = 1, "a fault of the program: please report the lines above"
