@@ -91,7 +91,7 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
 
 def load_benchmarks(args: Namespace, tokenizer, defaults: dict) -> dict[str, list[Problem]]:
     """{name: problems} of --on, or of the test set that the model's folder names."""
-    names = args.on or [defaults.get("test") or defaults.get("dataset")]
+    names = args.on or [defaults.get("test", {"gsm8k": "gsm8k"}.get(defaults.get("dataset")))]
     if names == [None] or len({Path(name).stem for name in names}) < len(names):
         raise InputError(f"give each benchmark once: --on some of {', '.join(BENCHMARKS)} or files")
     return {Path(name).stem: load_benchmark(name, tokenizer, args) for name in names}
@@ -559,8 +559,8 @@ def speed(args: Namespace) -> None:
 
 # ==== Part 7. The command line.
 def count(text: str) -> int:
-    """A whole number from 1 on: argparse reports a ValueError as one of the flag."""
-    if int(text) < 1:
+    """A number from 1 to 100 000: argparse reports a ValueError as one of the flag."""
+    if not 1 <= int(text) <= 100_000:
         raise ValueError
     return int(text)
 

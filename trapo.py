@@ -1010,6 +1010,8 @@ def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
 def prepare(args: "Settings") -> tuple:
     """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
     saved = checkpoints(Path(args.out)) if args.resume else []
+    if not saved and Path(args.out, "model").exists():
+        raise InputError(f"{args.out} is finished, and has no checkpoint to go on from")
     policy, tokenizer = load_policy(str(saved[-1]) if saved else args.model)
     if policy.num_parameters() < 1e6:
         torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
@@ -1411,7 +1413,7 @@ def one_line_errors() -> Iterator[None]:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         text = str(error).replace("\n", "\\n") or "interrupted"
         if "No space left" in f"{error!r} {error.__context__!r}":  # torch's error has no such class
-            text = "no space left on the disk: free space there, then --resume"
+            text = "no space left on the disk: free space there, then go on"
         elif not isinstance(error, InputError | OSError | UnicodeError | KeyboardInterrupt):
             traceback.print_exc()
             code, text = 1, "a fault of the program: please report the lines above"
