@@ -2047,7 +2047,7 @@ EVAL_REFUSED = [  # as above
       for flags, words in (
         (["a"], "same seed"), (["--against", "luffy"], "methods: TRAPO"),
         (["--against", "trapo"], "in common"), (["--sideways"], "--sideways"),
-        (["--plot", "no/x.png"], "no/x.png"))),
+        (["--plot", "no/x.png"], "no/x.png|pip install matplotlib"))),
     *((f"{file}: {text}", lambda at, file=file, text=text: put(
         f"{write_run('run')}/{file}", text, ["runs", "run"]), f"run.*{words}")
       for file, text, words in (
