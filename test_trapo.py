@@ -567,8 +567,7 @@ def test_the_head_sees_response_positions_only_and_a_chunk_at_a_time(monkeypatch
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_sequences_share_is_computed_once(recompute):
-    """A prompt, an expert's prefix, a whole sequence: each distinct beginning is one node, and
-    values and gradients are those of a pass for each sequence."""
+    """Each distinct beginning is one node; values and gradients are those of separate passes."""
     policy, computed = tiny_policy().train(), []
     if recompute:
         policy.activation_checkpointing_enable({"use_reentrant": False})
@@ -587,8 +586,7 @@ def test_what_sequences_share_is_computed_once(recompute):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 def test_the_tree_reaches_attention_as_it_is(monkeypatch):
-    """It travels as a mask of four dimensions, which no model may change: node numbers of the
-    paths, a path's end filled with node 0; and one place of each node."""
+    """It travels as a mask of four dimensions, which no model may change: the paths' nodes."""
     seen = []
     monkeypatch.setattr(trapo, "plain_attention", lambda *x, **options: seen.append(x[1].shape)
                         or (x[1].transpose(1, 2).contiguous(), None))
@@ -987,15 +985,6 @@ def test_any_size_of_vocabulary_is_drawn_from_exactly(size):
     tokens, logprobs = draw_tokens(logits.expand(200, -1), torch.from_numpy(uniforms), 1.0)
     assert tokens.tolist() == expected.tolist()
     assert logprobs.numpy() == pytest.approx(numpy.log(weights[expected] / edges[-1]), abs=1e-5)
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
-def test_bf16_logits_are_drawn_from_like_float32(temperature):
-    """The same tokens and log-probs as from the same numbers in float32."""
-    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).bfloat16() * 4
-    uniforms = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(draw_tokens(logits, uniforms, temperature),
-                    draw_tokens(logits.float(), uniforms, temperature)):
-        assert a.tolist() == b.tolist()
 
 def test_a_batchs_bias_is_what_cudas_kernel_takes_as_it_is(monkeypatch):
     """Of the model's type, -inf or 0, its width a multiple of 16, also when rows have moved."""
