@@ -976,8 +976,7 @@ def test_a_long_tail_is_drawn_exactly(temperature):
 @pytest.mark.parametrize("size", [1, 90, 128, 129, 300, 50_257])
 def test_any_size_of_vocabulary_is_drawn_from_exactly(size):
     """Against numpy's inverse CDF, whether blocks of 128 cover the vocabulary or not."""
-    random_numbers = torch.Generator().manual_seed(size)
-    logits = torch.randn(size, generator=random_numbers) * 3
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 3
     weights = (logits - logits.max()).exp().double().numpy()
     edges = weights.cumsum()
     uniforms = numpy.random.default_rng(0).random(200)
@@ -1587,7 +1586,6 @@ def held(at):
     return tiny_run(at.base, "run")
 
 def without_checkpoints(at):
-    """A finished run's --resume, with nothing to go on from."""
     flags = resumed(at, "notes", "")
     for folder in checkpoints(Path("run")):
         shutil.rmtree(folder)
