@@ -9,7 +9,7 @@ The sampler, the reward, the update and the loading of models and rows are trapo
 is the share of right answers among k samples of every problem; pass@k the chance that at least one
 of k samples is right.
 """
-import dataclasses, functools, hashlib, json, math, os, random, statistics, time  # noqa: E401
+import functools, hashlib, json, math, os, random, statistics, time  # noqa: E401
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -217,7 +217,7 @@ def evaluate(args: Namespace) -> None:
 
 # ==== Part 4. Training runs. Those that differ in nothing but the seed, and in what does not matter
 # to what is learned, are one method, with one name and one colour everywhere.
-METHOD = [f.name for f in dataclasses.fields(trapo.Recipe) if f.name not in ("method", "seed")]
+METHOD = {*vars(trapo.Recipe()), "model", "dataset", "test", "eval_size"} - {"method", "seed"}
 NAMES = {"trapo": "TRAPO", "grpo": "GRPO", "luffy": "LUFFY", "sft": "SFT", "naive": "naive SFT mix",
          "micro": "micro-groups alone", "micro-luffy": "micro-groups, LUFFY's loss",
          "fixed-prefix": "fixed prefixes"}
@@ -278,7 +278,7 @@ def name_methods(runs: list[dict]) -> list[str]:
     for name in set(names):
         same = [i for i in range(len(runs)) if names[i] == name]
         preset = trapo.METHODS.get(runs[same[0]]["method"], {})
-        for key in METHOD:
+        for key in sorted(METHOD):
             values = [runs[i].get(key) for i in same]
             if any(value != preset.get(key, values[0]) for value in values):
                 for i, value in zip(same, values):
