@@ -911,8 +911,8 @@ def make_task(tokenizer, args: "Settings") -> Task:
     rows, test = rows if apart else rows[:split], test[split:]
     wanted = test or apart and args.eval_size
     heldout = make_problems(test, tokenizer, args, heldout=True) if wanted else []
-    asked = [problem.prompt_ids for problem in heldout]
-    train = [p for p in make_problems(rows, tokenizer, args) if p.prompt_ids not in asked]
+    asked = {tuple(p.prompt_ids) for p in heldout}
+    train = [p for p in make_problems(rows, tokenizer, args) if tuple(p.prompt_ids) not in asked]
     if not train:
         raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
     if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
