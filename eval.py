@@ -220,9 +220,11 @@ def evaluate(args: Namespace) -> None:
 METHOD = {*vars(trapo.Recipe()), "model", "dataset", "test", "eval_size"} - {"method", "seed"}
 NAMES = {"trapo": "TRAPO", "grpo": "GRPO", "luffy": "LUFFY", "sft": "SFT", "naive": "naive SFT mix",
          "micro": "micro-groups alone", "micro-luffy": "micro-groups, LUFFY's loss",
-         "fixed-prefix": "fixed prefixes"}
-COLOURS = dict(zip([*NAMES.values(), "SFT, then GRPO"], (  # Okabe and Ito's, less the yellow
-    "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #000000 #7A4B00 #999999 #E69F00").split()))
+         "fixed-prefix": "fixed prefixes", "uft": "UFT", "pope": "POPE", "hpt": "HPT",
+         "chord": "CHORD", "ghpo": "GHPO"}
+COLOURS = dict(zip(["SFT, then GRPO", *NAMES.values()], (  # Okabe and Ito's, then Tol's
+    "#E69F00 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #000000 #7A4B00 #999999 #117733 #882255 "
+    "#44AA99 #AA4499 #DDCC77").split()))
 CURVES = {"reward_unguided": "unguided reward", "guided": "share of rollouts guided",
           "entropy": "entropy, nats", "response_length": "response length, tokens"}
 

@@ -180,17 +180,20 @@ def draw(outcomes, problems=None, schedule=PAPER, reward=reward, **options):
     ("micro-luffy", GUIDED, [0] * 8, 0.5 * 0.1 * 0.02 / 0.12 ** 2),
     ("fixed-prefix", GUIDED, GUIDED, 0.2), ("grpo", [0] * 8, [0] * 8, 0),
     ("luffy", [0] * 7 + [10], [0] * 7 + [10], 0.5 * 0.1 * 0.02 / 0.12 ** 2),
-    ("sft", [10], [10], 1)])
+    ("sft", [10], [10], 1), ("hpt", [0] * 7 + [10], [0] * 8, 1),
+    ("pope", [0] * 4 + [2] * 4, [0] * 4 + [2] * 4, 0), ("uft", [9] * 8, [9] * 8, 1e-3),
+    ("chord", [0] * 7 + [10], [0] * 7 + [10], 0.1 * 0.02 * 0.98),
+    ("ghpo", [0] * 8 + [2] * 8 + [5] * 8 + [8] * 8, [0] * 32, 0)])
 def test_methods_differ_in_what_their_rollouts_start_from_and_what_expert_tokens_weigh(
         method, if_wrong, if_right, weight):
     """Prefix lengths, of ten tokens, if all goes wrong or right; weight at p = 0.02, A = 0.5."""
     args = settings("--method", method)
     for outcome, lengths in ((WRONG, if_wrong), (RIGHT, if_right)):
-        (group,), _ = draw([outcome] * 8, schedule=args.schedule)
+        (group,), _ = draw([outcome] * 32, schedule=args.schedule)
         assert [len(r.prefix) for r in group] == lengths
-    loss = PREFIX_LOSSES[args.prefix_loss]
-    found = gradient(lambda logp: loss(logp, 0.5, args.alpha), [math.log(0.02)])
-    assert found.item() == pytest.approx(-weight) and len(METHODS) == 8
+    expert = Rollout([5], [6], advantage=0.5)
+    found = gradient(lambda logp: trapo.rollout_loss(expert, logp, args), [math.log(0.02)])
+    assert found.item() == pytest.approx(-weight) and len(METHODS) == 13
 
 def test_what_is_typed_goes_over_the_method_and_that_over_the_defaults():
     """The paper's Section 5 is the default, a method sets its four, a flag has the last word."""
@@ -298,6 +301,14 @@ def test_luffy_gradient_is_the_advantage_times_the_shaped_ratio():
     for gamma in (0.1, 0.3):
         found = gradient(luffy_loss, p.log().tolist(), advantages, gamma)
         torch.testing.assert_close(found, -advantages * gamma * p / (p + gamma) ** 2)
+
+@pytest.mark.parametrize("name, weights", [("profit", [0, 0, 1, 1]), ("chord-phi", [
+    0.01 * 0.99, 0.09 * 0.91, 0.11 * 0.89, 0.9 * 0.1])])
+def test_rivals_losses_weigh_what_their_papers_say(name, weights):
+    """ProFit's weight on grad log p is 1[p >= alpha], CHORD-phi's p (1 - p)."""
+    logp = torch.tensor([0.01, 0.09, 0.11, 0.9], dtype=torch.float64).log()
+    found = gradient(lambda x: PREFIX_LOSSES[name](x, -0.5, 0.1), logp.tolist())
+    torch.testing.assert_close(found, -torch.tensor(weights, dtype=torch.float64))
 
 def test_policy_gradient_is_ppos_on_the_policys_own_samples():
     """-A log p and PPO's -min(ratio A, clipped ratio A) have the gradient -A where p = p_old."""
@@ -432,13 +443,38 @@ def test_each_guided_micro_group_picks_one_of_several_solutions():
         picks.add((group[4].prefix[0], group[6].prefix[0], group[7].prefix[0]))
     assert picks == set(product((20, 30), repeat=3))
 
+def test_a_share_may_be_a_range_and_only_ranges_draw_random_numbers():
+    """Uniform, one draw a micro-group, with the picks: what follows a fixed share is as before."""
+    lengths, problem = Counter(), Problem([5], [list(range(100)), list(range(100))], "")
+    rng, plain = random.Random(0), random.Random(0)
+    for _ in range(4000):
+        solution, prefix = trapo.draw_prefix(problem, "0.2:0.3", rng)
+        assert prefix == solution[:len(prefix)]
+        lengths[len(prefix)] += 1
+    assert set(lengths) == set(range(20, 31)) and min(lengths[n] for n in range(21, 30)) > 320
+    rng.seed(0)
+    for _ in range(9):
+        trapo.draw_prefix(problem, 0.2, rng)
+        plain.choice(problem.solutions)
+    assert rng.getstate() == plain.getstate()
+
+def test_annealing_is_a_cosine_to_0_on_shares_and_on_the_prefix_weight():
+    args = settings("--anneal", "80", "--prefix-weight", "0.5",
+                    "--ratios", "0", ".2", "0.4:.8", "1")
+    for step, left in ((0, 1), (20, 0.5 + 0.125 ** 0.5), (40, 0.5), (80, 0), (99, 0)):
+        now = trapo.annealed(args, step)
+        assert now.prefix_weight == pytest.approx(0.5 * left)
+        ends = [float(end) for ratio in now.ratios for end in str(ratio).split(":")]
+        assert ends == pytest.approx([0, 0.2 * left, 0.4 * left, 0.8 * left, left])
+    assert trapo.annealed(settings(), 7).schedule == PAPER
+
 def law(speculate):
     """The exact distribution of a small schedule's group: {rollouts: probability}.
 
     Every request is right with a probability of its own (the more prefix, the likelier), and all
     2^8 patterns of outcomes are played. The sequential walk asks 5 of them and leaves 3 unseen.
     """
-    schedule = [MicroGroup(2, 0.0, -1), MicroGroup(2, 0.3, 0.6), MicroGroup(1, 0.6, 0.8)]
+    schedule = [MicroGroup(2, 0.0, -1), MicroGroup(2, 0.3, 0.6), MicroGroup(1, "0.5:0.9", 0.8)]
     probabilities = defaultdict(Fraction)
     for pattern in product((WRONG, RIGHT), repeat=8):
         unseen, weights = list(pattern), []
@@ -674,7 +710,7 @@ def test_rollouts_are_left_out_exactly_if_their_gradient_is_zero(name):
         def loss(logp):
             return torch.cat([PREFIX_LOSSES[name](logp[:size], advantage, 0.1),
                               policy_gradient_loss(logp[size:], advantage)])
-        found = gradient(loss, [-3.0] * size + [-2.0] * len(completion))
+        found = gradient(loss, [-1.0] * size + [-2.0] * len(completion))
         assert is_inert(rollout, name) is not bool(found.any())
         assert is_inert(rollout, "my own") <= (not prefix)  # what is not known counts as training
 
@@ -785,6 +821,17 @@ def step_of(base, *flags, reward=None, step=0):
     policy, _, sampler, optimizer, task, _ = trapo.prepare(args)
     task.reward = reward or task.reward
     return train_step(policy, sampler, optimizer, task, args, step)
+
+@pytest.mark.parametrize("baseline", ["group", "context"])
+def test_advantages_are_against_the_group_or_the_rollouts_of_the_same_context(base, baseline):
+    _, groups = step_of(base, "--baseline", baseline, "--sizes", "3", "2", "2", "1",
+                        reward=lambda _, response: float(len(response) % 2))
+    for group in groups:
+        for r in group:
+            peers = [x.reward for x in group
+                     if baseline == "group" or x.micro_group == r.micro_group]
+            assert r.advantage == pytest.approx(r.reward - sum(peers) / len(peers))
+    assert any(r.advantage for group in groups for r in group)
 
 def test_metrics_and_log_probs_are_what_happened(base):
     """Recounted from the rollouts, which are those of the seed and the step. The update leaves

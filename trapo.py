@@ -35,9 +35,8 @@ What this file leaves out of GRPO, and why:
     3. no importance ratio, no PPO clip: one update per batch of rollouts is on-policy
 
 Words: a *rollout* is one response to a prompt: an expert *prefix* (mostly empty), continued by the
-policy's own *completion*. The eight rollouts of a prompt are its *group*, drawn in *micro-groups*.
-A rollout's *reward* (the paper's return) is 1 if its answer is right, else 0; its *advantage* is
-the reward minus the group's mean.
+policy's *completion*. A prompt's rollouts are its *group*, drawn in *micro-groups*. A *reward* (the
+paper's return) is 1 if the answer is right, else 0; an *advantage* is it minus the group's mean.
 
     python trapo.py                                     the embedded experiment: CPU, offline
     python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
@@ -73,15 +72,19 @@ def setting(default: object, help: str, group: str | None = None) -> typing.Any:
 
 ALWAYS = 2.0  # as a threshold: every mean reward is below it
 MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-1.0, 0.5, 0.7, 0.9]}
+WHOLE = {"sizes": [7, 1], "ratios": [0.0, 1.0], "thresholds": [-1.0, ALWAYS]}
 
 @dataclass
 class Recipe:
     """Defaults suit a small model on GSM8K; the paper's value is in parentheses."""
-    method: str = setting("trapo", "preset of the next four settings", group="method")
+    method: str = setting("trapo", "preset of the settings below, but alpha", group="method")
     sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
-    ratios: list[float] = setting(MICRO["ratios"], "share of the expert solution given")
+    ratios: list[float | str] = setting(MICRO["ratios"], "share of the solution given, or low:high")
     thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean reward is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
+    prefix_weight: float = setting(1.0, "weight of the loss on the expert's tokens")
+    anneal: int = setting(0, "let ratios and prefix weight fall to 0 by this step; 0: never")
+    baseline: str = setting("group", "whose mean reward the advantage is against")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)", "optimisation")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
@@ -98,16 +101,28 @@ class Recipe:
         """Algorithm 1's table, a row per micro-group."""
         return [MicroGroup(*row) for row in zip(self.sizes, self.ratios, self.thresholds)]
 
-METHODS = {  # a method is four settings: the rows of Table 2, the baselines, a control of ours
+METHODS = {  # a method is four settings (a rival's may be more): Table 2's rows, the baselines,
     "trapo": MICRO | {"prefix_loss": "trsft"},
     "micro": MICRO | {"prefix_loss": "none"},
     "naive": MICRO | {"prefix_loss": "sft"},
     "micro-luffy": MICRO | {"prefix_loss": "luffy"},
-    "fixed-prefix": MICRO | {"thresholds": [-1.0, ALWAYS, ALWAYS, ALWAYS], "prefix_loss": "trsft"},
     "grpo": {"sizes": [8], "ratios": [0.0], "thresholds": [-1.0], "prefix_loss": "none"},
-    "luffy": {"sizes": [7, 1], "ratios": [0.0, 1.0], "thresholds": [-1.0, ALWAYS],
-              "prefix_loss": "luffy"},
-    "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"}}
+    "luffy": WHOLE | {"prefix_loss": "luffy"},
+    "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
+    # a control of ours, and approximations of HPT (arXiv 2509.04419; SFT if and only if all fail),
+    "fixed-prefix": MICRO | {"thresholds": [-1.0, ALWAYS, ALWAYS, ALWAYS], "prefix_loss": "trsft"},
+    "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
+    # POPE and PrefixRL (2601.18779, 2601.18795; here all problems get hints, not the hard alone),
+    "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
+             "prefix_loss": "none", "baseline": "context"},
+    # UFT (2505.16984; here shares are uniform, not binomial, of mean .75 at first, not .95),
+    "uft": {"sizes": [8], "ratios": ["0.5:1"], "thresholds": [ALWAYS], "prefix_loss": "sft",
+            "prefix_weight": 0.001, "anneal": 120},
+    # CHORD-phi (2508.11408; here SFT is on the same problems), and GHPO (2507.10628; here hints
+    # that are not needed are replaced by further tries).
+    "chord": WHOLE | {"prefix_loss": "chord-phi", "prefix_weight": 0.1, "baseline": "context"},
+    "ghpo": {"sizes": [8] * 4, "ratios": [0.0, 0.25, 0.5, 0.75], "thresholds": [-1.0] + [1e-9] * 3,
+             "prefix_loss": "none", "baseline": "context"}}
 
 # ==== Part 1. The losses. All are per token; the update (Part 4) sums them.
 #
@@ -125,7 +140,8 @@ METHODS = {  # a method is four settings: the rows of Table 2, the baselines, a 
 #      .001                            1        .01                 1.01
 #
 # TrSFT's optimum drops the expert's rare tokens and renormalises the main modes (Proposition 1): it
-# is mode-seeking, where SFT is mode-covering. alpha = 1 has the gradient of DFT (arXiv 2508.05629).
+# is mode-seeking, where SFT is mode-covering. So it cannot teach a form that the policy finds very
+# unlikely: at p = .0001 its weight is a thousandth. (alpha = 1 is DFT, arXiv 2508.05629.)
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """Trust-Region SFT, Eq. 3:  grad L = -min(p / alpha, 1) grad log p = -grad p / max(p, alpha).
 
@@ -147,10 +163,15 @@ def luffy_loss(logprobs: Tensor, advantages: Tensor | float, gamma: float = 0.1)
     p = logprobs.exp()
     return -advantages * p / (p + gamma)
 
-PREFIX_LOSSES = {  # what the expert's tokens may be trained with: the last rows of Table 2
+PREFIX_LOSSES = {  # what the expert's tokens may be trained with; weights are on grad log p
     "trsft": lambda logprobs, advantages, alpha: trsft_loss(logprobs, alpha),
     "sft": lambda logprobs, advantages, alpha: trsft_loss(logprobs, 0.0),
     "luffy": lambda logprobs, advantages, alpha: luffy_loss(logprobs, advantages),
+    # ProFit (arXiv 2601.09195), TrSFT with a hard edge: weight 1[p >= alpha]
+    "profit": lambda logprobs, advantages, alpha: -logprobs * (logprobs.exp() >= alpha),
+    # CHORD-phi (arXiv 2508.11408): weight p (1 - p), a constant for the gradient
+    "chord-phi": lambda logprobs, advantages, alpha: (
+        logprobs.exp() * logprobs.expm1()).detach() * logprobs,
     "none": lambda logprobs, advantages, alpha: torch.zeros_like(logprobs)}
 
 def policy_gradient_loss(logprobs: Tensor, advantages: Tensor | float) -> Tensor:
@@ -185,7 +206,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 class MicroGroup:
     """n_i rollouts that start from the first L_i of the expert's tokens if guided (Algorithm 1)."""
     size: int         # n_i, rollouts
-    ratio: float      # L_i, share of the expert solution, in [0, 1]
+    ratio: float | str  # L_i, share of the expert solution, in [0, 1]; or a range, low:high
     threshold: float  # t_i: guided if the mean reward so far is below it; -1 never, ALWAYS always
 
 @dataclass
@@ -213,6 +234,16 @@ def is_guided(rewards_so_far: list[float], micro_group: MicroGroup) -> bool:
     """Algorithm 1's test: is the mean reward so far (0 before the first rollout) below t_i?"""
     return sum(rewards_so_far) / max(1, len(rewards_so_far)) < micro_group.threshold
 
+def draw_prefix(problem: Problem, ratio: float | str,
+                rng: random.Random) -> tuple[Tokens | None, Tokens]:
+    """One of the problem's solutions, and the prefix of it that help would be; (None, []) of none.
+    """
+    if not problem.solutions:
+        return None, []
+    solution = rng.choice(problem.solutions)
+    low, *high = map(float, str(ratio).split(":"))
+    return solution, expert_prefix(solution, rng.uniform(low, *high) if high else low)
+
 def expert_prefix(solution_ids: Tokens, ratio: float) -> Tokens:
     """The first round(ratio * length) ids of the solution; all of them, EOS included, at ratio 1.
 
@@ -229,21 +260,21 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
     Args: problems: a guided micro-group picks one of a problem's solutions.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
         reward: of a response, prefix and completion together, in [0, 1].
-        rng: picks the solutions.   max_response: tokens, prefix and completion together.
+        rng: picks solutions, and shares where they are ranges.
+        max_response: tokens, prefix and completion together.
         speculate: draw all that may be needed in one call of generate; the same distribution.
     """
     # All picks come first, so who is guided does not change what rng picks for the others.
-    solutions = [[rng.choice(p.solutions) if p.solutions else None for _ in schedule]
-                 for p in problems]
+    picks = [[draw_prefix(p, micro_group.ratio, rng) for micro_group in schedule] for p in problems]
     if speculate:
-        generate = draw_ahead(problems, solutions, schedule, generate, max_response)
+        generate = draw_ahead(problems, picks, schedule, generate, max_response)
     groups: list[list[Rollout]] = [[] for _ in problems]
     for m, micro_group in enumerate(schedule):
         unfinished = []
-        for problem, group, picked in zip(problems, groups, solutions):
-            solution, prefix = picked[m], []
-            if solution is not None and is_guided([r.reward for r in group], micro_group):
-                prefix = expert_prefix(solution, micro_group.ratio)
+        for problem, group, picked in zip(problems, groups, picks):
+            solution, prefix = picked[m]
+            if not is_guided([r.reward for r in group], micro_group):
+                prefix = []
             new = [Rollout(problem.prompt_ids, prefix, micro_group=m,
                            solution_length=len(solution or [])) for _ in range(micro_group.size)]
             group += new
@@ -307,16 +338,6 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     logprobs, entropies = (torch.cat(pieces).split(lengths) for pieces in zip(*chunks))
     return list(logprobs), list(entropies)
 
-def chunk_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor,
-                   temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, H] hidden states and [N] targets -> [N] log-probs and [N] entropies (no gradient)."""
-    logits = head(hidden)                                                         # [N, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logprobs = (logits / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropies = torch.special.entr(logprobs.exp()).sum(-1)
-    return logprobs.gather(1, targets[:, None])[:, 0], entropies
-
 # ==== Part 4. The update. The loss of a batch of rollouts is
 #
 #     ( sum over completion tokens of the policy-gradient loss
@@ -335,8 +356,9 @@ def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
     """Prefix loss plus policy-gradient loss, summed over [len(prefix + completion)] log-probs."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
-    expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha)
-    return expert.sum() + policy_gradient_loss(completion, rollout.advantage).sum()
+    expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha).sum()
+    own = policy_gradient_loss(completion, rollout.advantage).sum()
+    return args.prefix_weight * expert + own
 
 def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Settings") -> float:
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
@@ -364,38 +386,32 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
 # with the seed. So weights, optimizer state and the number of steps are a run's whole state, and a
 # run that is stopped and resumed equals one that never stopped: bit for bit, on a CPU and with as
 # many processes. (This is process RANK of WORLD: 0 of 1, but under torchrun.)
-def batch_at(step: int, task: "Task", args: Recipe) -> list[Problem]:
-    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
-    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
-    order = {epoch: random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
-             for epoch in {i // n for i in places}}
-    return [task.train[order[i // n][i % n]] for i in places]
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, args: Recipe) -> None:
-    """A linear warm-up, then constant."""
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-
-@torch.no_grad()
-def refresh(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights into the sampler (if it is a copy: Part 8), one by one."""
-    for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
-        if old is not new:
-            old.copy_(unsharded(new))
+def annealed(args: "Settings", step: int) -> "Settings":
+    """The settings of a step: with --anneal N ratios and prefix weight are multiplied by
+    (1 + cos(pi step / N)) / 2, a cosine from 1 to 0, and are 0 from step N on."""
+    if not args.anneal:
+        return args
+    left = (1 + math.cos(math.pi * min(1, step / args.anneal))) / 2
+    ratios = [":".join(str(left * float(end)) for end in str(ratio).split(":"))
+              for ratio in args.ratios]
+    return dataclasses.replace(args, ratios=ratios, prefix_weight=left * args.prefix_weight)
 
 def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Optimizer,
                task: "Task", args: "Settings", step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then one update on all of them: (metrics over all processes, this one's groups)."""
     # ---- Rollout phase: this process's share of the step's prompts, a group of rollouts each.
-    rng = random.Random(f"{args.seed} {step} {RANK}")
+    args, rng = annealed(args, step), random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
     problems = batch_at(step, task, args)[RANK::WORLD]
     generate, reward, spent = metered(sampler, task, args)  # spent: their seconds and tokens
     groups = sample_groups(problems, args.schedule, generate, reward, rng,
                            max_response=args.max_response, speculate=args.speculate)
-    for group in groups:
-        advantages = group_advantages(torch.tensor([float(r.reward) for r in group]))
-        for r, advantage in zip(group, advantages.tolist()):
+    if args.baseline == "context":  # rollouts are compared with those of their micro-group alone
+        compared = [[r for r in group if r.micro_group == m]
+                    for group in groups for m in range(len(args.schedule))]
+    for rollouts in groups if args.baseline == "group" else compared:
+        advantages = group_advantages(torch.tensor([float(r.reward) for r in rollouts]))
+        for r, advantage in zip(rollouts, advantages.tolist()):
             r.advantage = advantage
 
     # ---- Learning phase: one update.
@@ -405,7 +421,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     loss = accumulate_gradients(policy, rollouts, args)
     norm = float(unsharded(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
     if math.isfinite(norm):
-        set_learning_rate(optimizer, step, args)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.step()
         refresh(sampler, policy)
     return step_metrics(policy, rollouts, loss, norm, spent, args), groups
@@ -603,7 +619,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
     logprobs = logits.gather(1, token) - top.float() - last.log()
     return token[:, 0], logprobs[:, 0]
 
-def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
+def draw_ahead(problems: list[Problem], picks: list[list[tuple[Tokens | None, Tokens]]],
                schedule: list[MicroGroup], generate: Callable, max_response: int) -> Callable:
     """Draw every branch that the thresholds may choose in ONE call; a `generate` that hands out.
 
@@ -612,12 +628,12 @@ def draw_ahead(problems: list[Problem], solutions: list[list[Tokens | None]],
     which of them is handed out, nor whether it was drawn before the decision, unseen.
     """
     branches = []  # (request, limit)
-    for problem, picked in zip(problems, solutions):
-        for m, (micro_group, solution) in enumerate(zip(schedule, picked)):
+    for problem, picked in zip(problems, picks):
+        for m, (micro_group, (solution, help)) in enumerate(zip(schedule, picked)):
             # Rewards lie in [0, 1], so the two extremes show what may be decided.
             extremes = [[0.0], [1.0]] if m else [[]]
             for guided in {solution is not None and is_guided(x, micro_group) for x in extremes}:
-                prefix = expert_prefix(solution, micro_group.ratio) if guided else []
+                prefix = help if guided else []
                 if prefix != solution:
                     branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
                     branches += [branch] * micro_group.size
@@ -661,6 +677,16 @@ def tree_states(policy: nn.Module, tree: dict, paths: list[list[int]]) -> Tensor
     return policy.base_model(
         input_ids=ids, position_ids=places[None] % width, use_cache=False, places=places,
         attention_mask=rows[None, None]).last_hidden_state[0]
+
+def chunk_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor,
+                   temperature: float) -> tuple[Tensor, Tensor]:
+    """[N, H] hidden states and [N] targets -> [N] log-probs and [N] entropies (no gradient)."""
+    logits = head(hidden)                                                         # [N, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = (logits / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropies = torch.special.entr(logprobs.exp()).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropies
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
            places: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
@@ -771,6 +797,13 @@ class Task:
     heldout: list[Problem]
     reward: Callable[[Problem, Tokens], float]
     fingerprint: str = ""  # of the rows and the first prompt: a resumed run must find them again
+
+def batch_at(step: int, task: Task, args: Recipe) -> list[Problem]:
+    """The prompts of a step, whatever the number of processes; every problem once an epoch."""
+    n, places = len(task.train), range(step * args.prompts, (step + 1) * args.prompts)
+    order = {epoch: random.Random(f"order {args.seed} {epoch}").sample(range(n), n)
+             for epoch in {i // n for i in places}}
+    return [task.train[order[i // n][i % n]] for i in places]
 
 UNREADABLE = "the answer cannot be read, so nothing is right"
 
@@ -1006,6 +1039,13 @@ def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
     copies = {id(p): nn.Parameter(p.detach().to(args.device, dtype, copy=True), False)
               for p in policy.parameters()}
     return copy.deepcopy(policy, copies).to(args.device)
+
+@torch.no_grad()
+def refresh(sampler: nn.Module, policy: nn.Module) -> None:
+    """Copy the policy's weights into the sampler (if it is a copy: Part 8), one by one."""
+    for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
+        if old is not new:
+            old.copy_(unsharded(new))
 
 def prepare(args: "Settings") -> tuple:
     """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
@@ -1276,10 +1316,11 @@ class Settings(Recipe):
     fingerprint: str = setting("", argparse.SUPPRESS)  # the task's, for --resume
 
 EMBEDDED = Path(__file__).resolve().parent / ".clock" / "model"
-CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda")}
-RANGES = {"ratios": (0, 1), "thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9),
-          "seed": (0, 2**63 - 1), "sizes": (1, 4096), "prompts": (1, 1e6),
-          "eval_size": (0, 1e6)}  # others: above 0
+CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda"),
+           "baseline": ("group", "context")}
+RANGES = {"thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9), "anneal": (0, 1e9),
+          "seed": (0, 2**63 - 1), "sizes": (1, 4096), "prompts": (1, 1e6), "eval_size": (0, 1e6),
+          "prefix_weight": (0, 1e9)}  # others: above 0
 DEFAULTS = {"dataset", "test", "max_prompt", "max_response", "micro_tokens", "steps", "prompts",
             "lr", "eval_every", "eval_size", "device"}  # what a model's defaults.json may hold
 
@@ -1297,6 +1338,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     read.__name__ = kind.__name__
     return read
 
+def share(text: str) -> float | str:
+    """For argparse: a share in [0, 1], or a range of them, low:high."""
+    ends = [number(float, 0, 1)(end) for end in text.split(":")]
+    if len(ends) > 2 or ends != sorted(ends):
+        raise argparse.ArgumentTypeError(f"{text} is no share, nor a range low:high")
+    return text if len(ends) == 2 else ends[0]
+
 def make_parser() -> Parser:
     """A flag for every field of Settings; what is not typed is not there."""
     parser = Parser(description="TRAPO in one file. Without --model: the embedded experiment.",
@@ -1311,10 +1359,11 @@ def make_parser() -> Parser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             limits = RANGES.get(f.name, (1 if kind is int else 1e-12, 1e12))
-            options |= {"type": kind if kind is str else number(kind, *limits),
+            read = {str: str, float | str: share}.get(kind) or number(kind, *limits)
+            options |= {"type": read,
                         "nargs": "+" if isinstance(default, list) else None,
                         "choices": CHOICES.get(f.name),
-                        "metavar": None if f.name in CHOICES else kind.__name__}
+                        "metavar": None if f.name in CHOICES else read.__name__}
         group.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 

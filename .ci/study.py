@@ -62,11 +62,15 @@ def best_rate(method: str, after: bool = False) -> float:
     """The learning rate whose final accuracy in range, sampled, is the best of the grid."""
     found = [line for line in read("grid") if line["flags"]["method"] == method
              and ("after" in line["flags"]) == after]
+    return best_of(method, found, GRID)
+
+def best_of(name: str, found: list[dict], grid: tuple[float, ...]) -> float:
+    """The best rate of a grid, from its lines."""
     scores = {lr: [line["accuracy"][0] for line in found if line["flags"]["lr"] == lr]
-              for lr in GRID}
+              for lr in grid}
     if not all(len(values) == 3 for values in scores.values()):
-        sys.exit(f"the grid of {method} is not finished: python .ci/study.py run grid")
-    return max(GRID, key=lambda lr: sum(scores[lr]))
+        sys.exit(f"the grid of {name} is not finished: python .ci/study.py run grid 'field grid'")
+    return max(grid, key=lambda lr: sum(scores[lr]))
 
 def main_comparison() -> Iterator[dict]:
     """Nine methods at equal steps, and SFT, then GRPO at twice; seeds that chose nothing."""
@@ -115,9 +119,42 @@ def reaches() -> Iterator[dict]:
     for flags in trsft_alone():
         yield {"measure": "reach", "of": flags}
 
+# The field: rival methods, and rival losses on TRAPO's schedule. UFT anneals over 300 of 500 steps.
+RIVALS = {"UFT": {"method": "uft", "anneal": 96}, "POPE": {"method": "pope"},
+          "HPT": {"method": "hpt"}, "CHORD-phi": {"method": "trapo", "prefix-loss": "chord-phi"},
+          "ProFit": {"method": "trapo", "prefix-loss": "profit"}}
+
+def rivals(seed: int, lr: float | None = None) -> Iterator[dict]:
+    """Rivals at their best rates or at `lr`; and GRPO and TRAPO after SFT at its own best rate: 80
+    steps of 16 solutions and 150 of 128 rollouts make 160 of 128 in all."""
+    for name, flags in RIVALS.items():
+        yield flags_of(**flags, seed=seed, lr=lr or rival_rate(name))
+    for method in ("grpo", "trapo"):
+        name = f"SFT, then {NAMES[method]} (80 + 150)"
+        yield {**flags_of(method, seed, lr=lr or rival_rate(name), steps=150),
+               "after": flags_of("sft", seed, steps=80)}
+
+def field_grid() -> Iterator[dict]:
+    """Their learning rates, on the grid's seeds; the lowest was the best for SFT alone."""
+    for seed, lr in itertools.product((1, 2, 3), GRID[1:]):
+        yield from rivals(seed, lr)
+
+@functools.cache
+def rival_rate(name: str) -> float:
+    """Their best learning rate, as best_rate."""
+    return best_of(name, [line for line in read("field grid") if name_of(line["flags"]) == name],
+                   GRID[1:])
+
+def field() -> Iterator[dict]:
+    """TRAPO and its rivals at equal solutions and rollouts, on fresh seeds."""
+    for seed in range(21, 29):
+        yield flags_of("trapo", seed)
+        yield flags_of("luffy", seed)
+        yield from rivals(seed)
+
 PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
          "expert": experts, "trsft": trsft_alone, "starts": starts, "reach": reaches,
-         "rates": at_one_rate}
+         "rates": at_one_rate, "field grid": field_grid, "field": field}
 
 # ==== Other teachers, who solve the same questions: the chances of an aside, and of a wrong line
 # that is corrected, before each line; and that one is not corrected, so that the answer is wrong.
@@ -302,8 +339,13 @@ SETS = ("in range", "in range, greedy", "longer", "longer, greedy", "textbook", 
 def name_of(flags: dict) -> str:
     """A method as people say it; SFT, then GRPO with the steps of both."""
     if "after" in flags:
-        return f"SFT, then GRPO ({flags['steps']} + {flags['steps']})"
-    return "TrSFT alone" if "prefix-loss" in flags else NAMES[flags["method"]]
+        stages = flags["after"], flags
+        return (", then ".join(NAMES[stage["method"]] for stage in stages)
+                + f" ({' + '.join(str(stage['steps']) for stage in stages)})")
+    if "prefix-loss" in flags:
+        losses = {"trsft": "TrSFT alone", "chord-phi": "CHORD-phi", "profit": "ProFit"}
+        return losses[flags["prefix-loss"]]
+    return NAMES[flags["method"]]
 
 def frame(part: str) -> pandas.DataFrame:
     """A part's runs, one a row: flags, accuracies by name, and the rest of the lines."""
