@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / ".ci")]
 
 import clock
+import legs
 import trapo
 from eval import COLOURS, NAMES, pass_at_k, t_quantile
 
@@ -32,10 +33,11 @@ MANY, FEW = range(11, 19), range(11, 15)  # seeds
 SHARES = (0, 0.0005, 0.001, 0.002, 0.005, 0.02)
 ALPHAS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 SAMPLES, REACHES = 64, (1, 2, 4, 8, 16, 32, 64)  # pass@k of 128 problems
-OURS = ("after", "base-worked", "expert")  # flags that are not trapo.py's
+OURS = ("after", "base-worked", "expert", "legs")  # flags that are not trapo.py's
 
 # ==== What is asked: dictionaries of trapo.py's flags. "base-worked" is clock.py's --worked,
-# "expert" another teacher, and "after" holds the flags of the run before. What has "measure" trains
+# "expert" another teacher, "after" holds the flags of the run before, and "legs" says that it is
+# SmolLM2's run on .ci/legs.py's rows, not one on the clock. What has "measure" trains
 # nothing: it measures a model of run "of".
 def flags_of(method: str, seed: int, **others: object) -> dict:
     """A run's flags, without those that are the default: one run has one name."""
@@ -135,15 +137,16 @@ def rivals(seed: int, lr: float | None = None) -> Iterator[dict]:
                "after": flags_of("sft", seed, steps=80)}
 
 def field_grid() -> Iterator[dict]:
-    """Their learning rates, on the grid's seeds; the lowest was the best for SFT alone."""
-    for seed, lr in itertools.product((1, 2, 3), GRID[1:]):
+    """Their learning rates, on the grid's seeds: the two that were best for all with rollouts, but
+    the naive mix."""
+    for seed, lr in itertools.product((1, 2, 3), GRID[2:]):
         yield from rivals(seed, lr)
 
 @functools.cache
 def rival_rate(name: str) -> float:
     """Their best learning rate, as best_rate."""
     return best_of(name, [line for line in read("field grid") if name_of(line["flags"]) == name],
-                   GRID[1:])
+                   GRID[2:])
 
 def field() -> Iterator[dict]:
     """TRAPO and its rivals at equal solutions and rollouts, on fresh seeds."""
@@ -152,9 +155,35 @@ def field() -> Iterator[dict]:
         yield flags_of("luffy", seed)
         yield from rivals(seed)
 
+# The pretrained model: 1280 rollouts or solutions a run, but for SFT on as many problems as TRAPO
+# has prompts. Rates by held-out accuracy on seed 100.
+LEGS_RATES = {"trapo": 3e-5, "grpo": 3e-5, "sft": 1e-4}
+
+def on_legs(method: str, seed: int, lr: float | None = None, **others: object) -> dict:
+    """A run's flags."""
+    lr = lr or LEGS_RATES.get(method, LEGS_RATES["trapo"])
+    return {"legs": 1, "method": method, "lr": lr, "seed": seed, **others}
+
+def legs_methods(seed: int, methods: tuple[str, ...]) -> Iterator[dict]:
+    """One seed's runs."""
+    for method in methods:
+        yield on_legs(method, seed)
+    if "sft" in methods:
+        yield on_legs("sft", seed, prompts=32)
+        yield {**on_legs("grpo", seed, steps=30),
+               "after": on_legs("sft", seed, prompts=16, steps=20)}
+
+def legs_comparison() -> Iterator[dict]:
+    """TRAPO, its baselines, and rivals, three seeds."""
+    for seed in (1, 2, 3):
+        yield from legs_methods(seed, ("trapo", "grpo", "sft"))
+    for seed in (1, 2, 3):
+        yield from legs_methods(seed, ("luffy", "micro", "pope", "hpt"))
+
 PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
          "expert": experts, "trsft": trsft_alone, "starts": starts, "reach": reaches,
-         "rates": at_one_rate, "field grid": field_grid, "field": field}
+         "rates": at_one_rate, "field grid": field_grid, "field": field,
+         "legs": legs_comparison}
 
 # ==== Other teachers, who solve the same questions: the chances of an aside, and of a wrong line
 # that is corrected, before each line; and that one is not corrected, so that the answer is wrong.
@@ -203,10 +232,12 @@ def call(folder: Path, program: list, flags: dict) -> None:
 def world_of(flags: dict) -> Path:
     """The folder of a run's problems and base, made now unless it was."""
     seed, worked = key_of(flags)
-    world = FOLDER / f"clock-seed{seed}-worked{worked}"
+    world, asked = FOLDER / f"clock-seed{seed}-worked{worked}", {"seed": seed, "worked": worked}
+    if "legs" in flags:
+        world, asked = FOLDER / f"legs-seed{seed}", {"seed": seed}
     with locked(world):
         if not (world / "defaults.json").exists():
-            call(world, [".ci/clock.py", world], {"seed": seed, "worked": worked})
+            call(world, [f".ci/{world.name.split('-')[0]}.py", world], asked)
     return world
 
 def model_of(flags: dict) -> Path:
@@ -221,10 +252,13 @@ def model_of(flags: dict) -> Path:
     with locked(out):
         if not (out / "model").exists():
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-            call(out, ["trapo.py"], clock.DEFAULTS | {
+            usual = legs.DEFAULTS if "legs" in flags else clock.DEFAULTS | {"eval_every": 40}
+            call(out, ["trapo.py"], usual | {
                 "model": start, "dataset": rows, "test": world / "test.jsonl", "out": out,
-                "eval_every": 40, "save_every": 1000,
+                "save_every": 1000,
                 **{key: value for key, value in flags.items() if key not in OURS}})
+            for checkpoint in trapo.checkpoints(out):  # 1.6 GB each of SmolLM2
+                shutil.rmtree(checkpoint)
     return out / "model"
 
 def run(flags: dict) -> bool:
@@ -252,6 +286,10 @@ def result_of(flags: dict) -> dict:
     if what:
         return reach(policy, tokenizer, asked["seed"])
     stages = [asked["after"], asked] if "after" in asked else [asked]
+    if "legs" in asked:
+        return {"accuracy": counts_of_legs(policy, tokenizer, asked["seed"]),
+                "of base's answers": of_bases_answers(policy, tokenizer, world_of(asked) / "model"),
+                **summary(stages)}
     return {"accuracy": accuracies(policy, tokenizer, asked["seed"]), **summary(stages)}
 
 def version() -> str:
@@ -268,6 +306,7 @@ def summary(stages: list[dict]) -> dict:
     steps = [line for line in lines if line["step"]]
     rewards = [line["reward_unguided"] for line in steps]
     first = sum(reward is None for reward in rewards)  # steps of SFT, which has no such rollouts
+    size = 10 if len(steps) > 80 else 4
     means = [sum(rewards[i - 5:i]) / 5 for i in range(first + 5, len(steps) + 1)]
     half = next((i for i, mean in enumerate(means, first + 5) if mean >= HALF), None)
     tokens = list(itertools.accumulate(line["tokens_generated"] for line in steps))
@@ -276,22 +315,23 @@ def summary(stages: list[dict]) -> dict:
         "tokens": tokens[-1], "trained": sum(line["tokens_trained"] for line in steps),
         "seconds": round(sum(value for line in steps for key, value in line.items()
                              if key.startswith("seconds_"))),
-        "early": None if first else round(sum(rewards[:80]) / 80, 3),
-        # Means of ten or twenty steps, in percent: a curve in few characters.
-        "first": first, "reward": in_percent(rewards[first:], 10),
-        **{key: in_percent([line[key] for line in steps[first:]], 20)
+        "early": None if first else round(sum(rewards[:80]) / len(rewards[:80]), 3),
+        # Means of ten or twenty steps (SmolLM2: four, eight), in percent: curves in few characters.
+        "first": first, "reward": in_percent(rewards[first:], size),
+        **{key: in_percent([line[key] for line in steps[first:]], 2 * size)
            for key in ("guided", "entropy")},
-        "outside": in_percent([line["prefix_outside_share"] for line in steps[first:]], 20)}
+        "outside": in_percent([line["prefix_outside_share"] for line in steps[first:]], 2 * size)}
 
 def in_percent(values: list[float | None], size: int) -> list[int | None]:
     """Means of so many values, of those that there are."""
     blocks = [[x for x in values[i:i + size] if x is not None] for i in range(0, len(values), size)]
     return [round(100 * sum(block) / len(block)) if block else None for block in blocks]
 
-def respond(policy, tokenizer, rows: list[dict], seed: int, temperature: float) -> list[tuple]:
+def respond(policy, tokenizer, rows: list[dict], seed: int, temperature: float,
+            longest: int = clock.DEFAULTS["max_response"]) -> list[tuple]:
     """To each row a response, and whether it is right; as trapo.py evaluates."""
-    requests = tokenizer([row["problem"] for row in rows]).input_ids
-    longest, numbers = clock.DEFAULTS["max_response"], torch.Generator().manual_seed(seed)
+    requests = [trapo.prompt_tokens(row["problem"], tokenizer) for row in rows]
+    numbers = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(rows), longest, dtype=torch.float64, generator=numbers)
     responses, _ = trapo.sample(policy, requests, [longest] * len(rows), temperature,
                                 uniforms=uniforms)
@@ -305,6 +345,40 @@ def accuracies(policy: torch.nn.Module, tokenizer, seed: int) -> list[float]:
     for name, temperature in itertools.product(("test", "longer", "textbook", "direct"), (1, 0)):
         responses = respond(policy, tokenizer, clock.make_rows(name, seed), seed, temperature)
         found.append(round(sum(right for _, right in responses) / len(responses), 3))
+    return found
+
+def counts_of_legs(policy: torch.nn.Module, tokenizer, seed: int) -> list[float]:
+    """Accuracies on held-out pairs, and on new animals: three samples a question, and greedy."""
+    sets, found = legs.make_rows(seed, 1), []
+    for name, (temperature, times) in itertools.product(("test", "new"), ((1, 3), (0, 1))):
+        responses = respond(policy, tokenizer, sets[name] * times, seed, temperature,
+                            legs.DEFAULTS["max_response"])
+        found.append(round(sum(right for _, right in responses) / len(responses), 3))
+    return found
+
+THINGS = """apple bridge candle desert engine forest garden hammer island jacket kettle lemon mirror
+    needle ocean pencil queen river saddle teacher umbrella village window yard zoo bakery camera
+    doctor elbow farmer guitar hotel insect judge kitchen library market nurse office painter
+    quarter road school train uncle violin winter year station bottle""".split()
+ASKED = ("What is a {}?", "Write one sentence about a {}.", "Why do people like the word {}?",
+         "Tell me something about a {} and a friend.")
+
+@torch.no_grad()
+def of_bases_answers(policy: torch.nn.Module, tokenizer, base: Path) -> list[float]:
+    """Mean log-prob, in nats, that the base and the policy give to a token of what the base answers
+    greedily (up to 40 tokens) to 200 questions about other things."""
+    requests = [tokenizer(trapo.render(tokenizer, [{"role": "user", "content": text.format(thing)}],
+                                       add_generation_prompt=True)).input_ids
+                for thing in THINGS for text in ASKED]
+    before, _ = trapo.load_policy(str(base))
+    answers, _ = trapo.sample(before, requests, [40] * len(requests), 0.0)
+    found = []
+    for model in before, policy:
+        values = []
+        for some in (slice(i, i + 20) for i in range(0, len(requests), 20)):
+            sequences = [q + a for q, a in zip(requests[some], answers[some])]
+            values += trapo.token_logprobs(model, sequences, list(map(len, requests[some])))[0]
+        found.append(round(torch.cat(values).mean().item(), 4))
     return found
 
 def reach(policy: torch.nn.Module, tokenizer, seed: int) -> dict:
