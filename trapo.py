@@ -1304,32 +1304,32 @@ class Settings(Recipe):
     resume: bool = setting(False, "go on from the newest checkpoint in --out")
     fingerprint: str = setting("", argparse.SUPPRESS)  # the task's, for --resume
 
+    def __post_init__(self) -> None:
+        """InputError for a number that is out of range, TypeError for what is none."""
+        for f in dataclasses.fields(Settings):
+            default, value = f.default_factory(), getattr(self, f.name)
+            low, high = RANGES.get(f.name, (1e-12, 1e12))
+            values = value if isinstance(default, list) else [value]
+            for x in values if type(default) in (int, float, list) else []:
+                if not all(low <= float(end) <= high for end in str(x).split(":")):  # NaN neither
+                    name = f.name.replace("_", "-")
+                    raise InputError(f"--{name} {x} is not in [{low:g}, {high:g}]")
+
 EMBEDDED = Path(__file__).resolve().parent / ".clock" / "model"
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda"),
            "baseline": ("group", "context")}
-RANGES = {"thresholds": (-1e9, 1e9), "alpha": (0, 1), "warmup": (0, 1e9), "anneal": (0, 1e9),
-          "seed": (0, 2**63 - 1), "sizes": (1, 4096), "prompts": (1, 1e6), "eval_size": (0, 1e6),
-          "prefix_weight": (0, 1e9)}  # others: above 0
-DEFAULTS = {"dataset", "test", "max_prompt", "max_response", "micro_tokens", "steps", "prompts",
-            "lr", "eval_every", "eval_size", "device"}  # what a model's defaults.json may hold
+RANGES = {"ratios": (0, 1), "alpha": (0, 1), "thresholds": (-1e9, 1e9), "seed": (0, 2**63 - 1),
+          "warmup": (0, 1e12), "anneal": (0, 1e12), "prefix_weight": (0, 1e12),
+          "eval_size": (0, 1e12)}  # other numbers are above 0
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are InputErrors: one line."""
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(f"{message} (see python {self.prog} --help)")
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """For argparse: a number of this kind, in this range."""
-    def read(text: str) -> float:
-        if not low <= kind(text) <= high:  # NaN neither
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
-        return kind(text)
-    read.__name__ = kind.__name__
-    return read
-
 def share(text: str) -> float | str:
-    """For argparse: a share in [0, 1], or a range of them, low:high."""
-    ends = [number(float, 0, 1)(end) for end in text.split(":")]
+    """For argparse: a share, or a range of them, low:high."""
+    ends = [float(end) for end in text.split(":")]
     if len(ends) > 2 or ends != sorted(ends):
         raise argparse.ArgumentTypeError(f"{text} is no share, nor a range low:high")
     return text if len(ends) == 2 else ends[0]
@@ -1347,12 +1347,9 @@ def make_parser() -> Parser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            limits = RANGES.get(f.name, (1 if kind is int else 1e-12, 1e12))
-            read = {str: str, float | str: share}.get(kind) or number(kind, *limits)
-            options |= {"type": read,
+            options |= {"type": share if f.name == "ratios" else kind,
                         "nargs": "+" if isinstance(default, list) else None,
-                        "choices": CHOICES.get(f.name),
-                        "metavar": None if f.name in CHOICES else read.__name__}
+                        "choices": CHOICES.get(f.name)}
         group.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 
@@ -1361,7 +1358,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     typed = vars(make_parser().parse_args(argv))
     args = fill_in(typed)
     if args.resume:
-        before = vars(fill_in(read_file(Path(args.out, "settings.json"))))
+        before = vars(fill_in(read_settings(Path(args.out, "settings.json"))))
         fixed = set(vars(Recipe())) - {"steps", "lr"} | {"model", "dataset", "test", "eval_size"}
         changed = [key for key in typed if key in fixed and typed[key] != before[key]]
         if changed:
@@ -1386,38 +1383,22 @@ def fill_in(known: dict) -> Settings:
               "out": f"runs/{folder.name.lstrip('.')}-{args.method}-seed{args.seed}"}
     return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
-def read_file(path: Path) -> dict:
-    """Settings in a JSON file, checked as if they had been typed; a run's that are missing, which
-    count as defaults, are named."""
+def read_settings(path: Path) -> dict:
+    """Settings in a JSON file."""
     with as_input_error(f"use {path}", "correct it, or give another folder"):
-        values, flags = json.loads(path.read_text()), []
-        for key, value in values.items():
-            name = key.replace("_", "-")
-            if isinstance(value, list):
-                flags += [f"--{name}", *map(str, value)]
-            elif isinstance(value, bool):
-                flags.append(f"--{name}" if value else f"--no-{name}")
-            elif value is not None:
-                flags.append(f"--{name}={value}")
-        settings = vars(make_parser().parse_args(flags))
-        if wrong := [key for key in settings if settings[key] != values[key]]:
-            raise ValueError(f"{', '.join(wrong)}: of the wrong kind")  # a list for a number
-    missing = ", ".join(sorted({f.name for f in dataclasses.fields(Settings)} - values.keys()))
-    if missing and path.name == "settings.json":
-        print_once(f"{path} lacks {missing}: the defaults are taken")
-    return settings
+        known = json.loads(path.read_text())
+        Settings(**known)
+    return known
 
 def read_defaults(folder: Path) -> dict:
     """What defaults.json in a model's folder, or the one around it, says; {} if there is none."""
     for path in folder / "defaults.json", folder.resolve().parent / "defaults.json":
         if folder.is_dir() and path.exists():
-            values = read_file(path)
-            if unknown := values.keys() - DEFAULTS:
-                raise InputError(f"{path} cannot set {', '.join(unknown)}: type it")
+            known = read_settings(path)
             for key in "dataset", "test":
-                if values.get(key, "gsm8k") not in HUB:  # a file, as seen from there
-                    values[key] = os.path.normpath(path.parent / values[key])
-            return values
+                if known.get(key) not in (None, *HUB):  # a file, as seen from there
+                    known[key] = os.path.normpath(path.parent / known[key])
+            return known
     return {}
 
 def check_settings(args: Settings) -> None:
@@ -1431,8 +1412,6 @@ def check_settings(args: Settings) -> None:
     for name in {args.dataset, args.test} - {None, *HUB}:
         if not Path(name).is_file():
             raise InputError(f"no data set '{name}': give a file, or one of {', '.join(HUB)}")
-    if Path(args.out).name.startswith("checkpoint-"):
-        raise InputError(f"--out {args.out}: that name is a checkpoint's, give another")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:

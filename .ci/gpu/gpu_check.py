@@ -330,7 +330,7 @@ def shards():
         for p in policy.parameters():
             p.grad = torch.zeros_like(p)
         trapo.accumulate_gradients(policy, rollouts, args)
-        norms.append(float(trapo.whole(nn.utils.clip_grad_norm_(policy.parameters(), 1.0))))
+        norms.append(float(trapo.unsharded(nn.utils.clip_grad_norm_(policy.parameters(), 1.0))))
     verdict(abs(norms[0] - norms[1]) < 0.05 * norms[0], "FSDP2 on nccl, one process: the gradient",
             f"norms {norms[0]:.5g} plain, {norms[1]:.5g} sharded")
     dist.all_reduce(torch.ones(1, device="cuda"))  # work that nccl's watchdog still polls
