@@ -1498,12 +1498,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, 
     main(tiny_run(base, "run", *LONGER, "--resume"))
     assert_same("run", whole)
 
-@pytest.mark.parametrize("call", [6, 7])
-def test_a_longer_run_replaces_the_model_or_loses_none(base, whole, call):
-    """Stopped before the old model is moved aside, or before the new one takes its place."""
+def test_a_longer_run_replaces_the_model_or_loses_none(base, whole):
+    """Stopped before the new one takes its place: the last checkpoint holds it."""
     main(tiny_run(base, "run", *LONGER, "--steps", "3"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        at_call("os replace", call, raising(KeyboardInterrupt), patch)
+        at_call("os replace", 6, raising(KeyboardInterrupt), patch)
         main(["--resume", "--out", "run", "--steps", "4"])
     main(["--resume", "--out", "run"])
     assert weights("run") == weights(whole) and not list(Path("run").glob(".*"))
@@ -1642,14 +1641,6 @@ def resumed(at, name, content, *flags):
     shutil.copytree(at.whole, "run")
     return put(f"run/{name}", content, ["--resume", "--out", "run", "--steps", "9", *flags])
 
-def trainer(at, change):
-    """Likewise, with another trainer.pt in the newest checkpoint."""
-    argv, path = resumed(at, "notes", ""), "run/checkpoint-4/trainer.pt"
-    found = torch.load(path, weights_only=True)
-    change(found)
-    torch.save(found, path)
-    return argv
-
 def beside(at, content):
     """The command line of a run from a model beside whose folder stands this defaults.json."""
     shutil.copytree(at.base, "world/model")
@@ -1730,13 +1721,6 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("other rows than before", lambda at: put(
         "rows.jsonl", '{"problem": "a 1 b +1 ?", "solution": "# 2", "answer": "2"}',
         resumed(at, "settings.json", {"dataset": "rows.jsonl"})), "rows.*not those"),
-    ("a log that is no log", lambda at: resumed(at, "metrics.jsonl", '{"stop": 1}\n'),
-     "metrics.jsonl.*delete"),
-    ("trainer.pt of another step", lambda at: trainer(at, lambda found: found.update(step=3)),
-     "trainer.pt.*another"),
-    ("trainer.pt of another model", lambda at: trainer(at, lambda found: [
-        x.update(exp_avg=x["exp_avg"][:1]) for x in found["optimizer"]["state"].values()]),
-     "trainer.pt.*another"),
     ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
     # ---- defaults.json
     ("defaults.json with wind", lambda at: beside(at, '{"wind": 3}'), "defaults.json.*wind"),

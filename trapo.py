@@ -987,9 +987,9 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
                    (len(batch) * max(map(len, prompts)) + responses) // 4)
 
     by_length = sorted(rollouts, key=lambda r: -len(r.prefix + r.completion))
-    prompts = dict.fromkeys(tuple(r.prompt) for r in by_length)
+    prompts = [r.prompt for r in by_length]
     batches: list[list[Rollout]] = []
-    for r in (r for prompt in prompts for r in by_length if tuple(r.prompt) == prompt):
+    for r in sorted(by_length, key=lambda r: prompts.index(r.prompt)):
         if not batches or cost([*batches[-1], r]) > budget:
             batches.append([])
         batches[-1].append(r)
@@ -1060,14 +1060,11 @@ def prepare(args: "Settings") -> tuple:
     return policy, tokenizer, sampler, optimizer, task, step
 
 def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """A checkpoint's optimizer state, and its step; InputError if it is not this model's."""
+    """A checkpoint's optimizer state, and its step."""
     with as_input_error(f"use {folder}/trainer.pt", "delete that checkpoint"):
         state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
         if state["optimizer"]["state"]:  # empty if every update was skipped
             sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=FULL)
-        if (any(s["exp_avg"].shape != p.shape for p, s in optimizer.state.items())
-                or state["step"] != int(folder.name[11:])):
-            raise ValueError("it is of another model or step")
     return state["step"]
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1082,19 +1079,18 @@ def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None
     if trainer:
         trainer["optimizer"] = sharded.get_optimizer_state_dict(
             policy, trainer["optimizer"], options=FULL)
-    aside, old = folder.with_name(".unfinished"), folder.with_name(".old")
+    aside = folder.with_name(".unfinished")
     if RANK == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         policy.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         if trainer:
             with (aside / "trainer.pt").open("wb") as file:  # a file's errors are plain ones
                 torch.save(trainer, file)
-        if folder.exists():  # the model of a finished run that was given more steps
-            os.replace(folder, old)
+        # The model of a finished run that was given more steps goes: the last checkpoint holds it.
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
-        for older in [old, *checkpoints(folder.parent)[:-2]]:
+        for older in checkpoints(folder.parent)[:-2]:
             shutil.rmtree(older, ignore_errors=True)
     gather(0)  # nobody goes on, or ends and so makes torchrun end all, before it is there
 
@@ -1111,9 +1107,8 @@ def open_log(args: "Settings", start: int, tokenizer) -> None:
         return
     out, data = Path(args.out), {}
     for path in filter(Path.exists, (out / "metrics.jsonl", out / "rollouts.jsonl")):
-        with as_input_error(f"mend {path}", "delete the lines that are damaged"):
-            kept = [line for line in path.read_text().splitlines(True)  # a kill may have torn the
-                    if line.endswith("}\n") and json.loads(line)["step"] <= start > 0]  # last one
+        kept = [line for line in path.read_text().splitlines(True)  # a kill may have torn the last
+                if line.endswith("}\n") and json.loads(line)["step"] <= start > 0]
         write_whole(path, "".join(kept))
     for key in "dataset", "test", "max_prompt", "max_response":
         value = getattr(args, key)
