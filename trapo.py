@@ -499,35 +499,35 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], uniform
     logits, batch = prefill(policy, requests, max(limits))
     eos_ids = policy.generation_config.eos_token_id or ()
     completions, logprobs = [[] for _ in requests], [[] for _ in requests]
-    rows, alive = list(range(len(requests))), [limit > 0 for limit in limits]
+    rows = list(range(len(requests)))  # the request of each of the batch's rows
+    alive = {row for row in rows if limits[row] > 0}
     for t in range(max(limits)):
         drawn = torch.stack(draw_tokens(logits, uniforms[:, t], temperature))  # [2, B], float64
-        for k, (row, token, logprob) in enumerate(zip(rows, *drawn.tolist())):
-            if alive[k]:
+        for row, token, logprob in zip(rows, *drawn.tolist()):
+            if row in alive:
                 completions[row].append(int(token))
                 logprobs[row].append(logprob)
-                alive[k] = token not in eos_ids and len(completions[row]) < limits[row]
-        if not any(alive):
+                if token in eos_ids or t + 1 == limits[row]:
+                    alive.remove(row)
+        if not alive:
             break
         # Finished rows leave in few moves: each copies the whole cache, and may record a graph.
         share = 0.5 if batch.replay else 0.75
-        if batch.used == batch.bias.shape[1] or sum(alive) <= share * len(alive):
-            kept = [k for k, lives in enumerate(alive) if lives]
+        if batch.used == batch.bias.shape[1] or len(alive) <= share * len(rows):
+            kept = [k for k, row in enumerate(rows) if row in alive]
             batch = DecodeBatch(policy, batch.cache, kept, batch.bias[:, :batch.used],
                                 batch.position, max(limits) - t)
-            drawn, uniforms = drawn[:, kept], uniforms[kept]
-            rows, alive = [rows[k] for k in kept], [True] * len(kept)
+            drawn, uniforms, rows = drawn[:, kept], uniforms[kept], [rows[k] for k in kept]
         logits = batch.step(drawn[0])
     return completions, logprobs
 
 def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tensor, "DecodeBatch"]:
     """Run each distinct request once, padded on the left: all completions start in one column.
     Returns [B, V] logits, and a batch that holds the cache of the B requests, for `most` tokens."""
-    distinct = list(dict.fromkeys(map(tuple, requests)))
-    row_of = {request: row for row, request in enumerate(distinct)}
-    copies = [row_of[tuple(request)] for request in requests]
+    distinct = [list(request) for request in dict.fromkeys(map(tuple, requests))]
+    copies = [distinct.index(request) for request in requests]
     width = max(map(len, distinct))
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in distinct], device=policy.device)
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in distinct], device=policy.device)
     places = torch.tensor([range(len(r) - width, len(r)) for r in distinct], device=policy.device)
     cache = transformers.DynamicCache(config=policy.config)
     logits = policy(input_ids=ids, attention_mask=places >= 0, use_cache=True, cache=cache,
@@ -718,18 +718,15 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
         for fault in "missing_keys", "unexpected_keys":
             if report[fault]:
                 raise ValueError(f"{fault} of weights: {', '.join(sorted(report[fault]))}")
+        ends = policy.generation_config.eos_token_id  # chat models have several
+        ends = {turn_end(tokenizer), tokenizer.eos_token_id, *(
+            ends if isinstance(ends, list) else [ends])}
         # Fresh: a contradiction among sampling defaults would be refused at the first checkpoint.
         policy.generation_config = transformers.GenerationConfig(
-            eos_token_id=end_tokens(policy, tokenizer), pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id)
         check_policy(policy, tokenizer)
     return policy, tokenizer
-
-def end_tokens(policy: nn.Module, tokenizer) -> Tokens:
-    """The ids that end a response; chat models have several: <|im_end|>, <|endoftext|>."""
-    ids = policy.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({turn_end(tokenizer), tokenizer.eos_token_id, *ids} - {None})
 
 def turn_end(tokenizer) -> int:
     """The id that ends an assistant's turn: the special token that the chat template prints after
@@ -756,21 +753,17 @@ def render(tokenizer, turns: list[dict[str, str]], **options: bool) -> str:
 
 @torch.no_grad()
 def check_policy(policy: nn.Module, tokenizer) -> None:
-    """ValueError for a model whose log-probs token_logprobs or sample would get wrong: they do
-    without its output layer and its masks, so they are compared with its own logits."""
+    """ValueError for a model whose log-probs token_logprobs would get wrong: it does without the
+    model's own logits and masks, and sample uses them, so the two are compared."""
     if max(tokenizer.get_vocab().values()) >= policy.get_input_embeddings().num_embeddings:
         raise ValueError("its tokenizer has more ids than its embedding has rows")
     if getattr(policy.config, "sliding_window", None):
         raise ValueError("its attention slides")
     ids = list(range(1, 17))
     (_, new), (_, sampled) = sample(policy, [ids, ids[:5]], [2, 2], 0.0)  # the second is padded
-    sequence = ids[:5] + new
-    logits = policy(torch.tensor([sequence])).logits[0, :-1]
-    own = logits.log_softmax(-1)[range(len(sequence) - 1), sequence[1:]]
-    (_, scored), _ = token_logprobs(policy, [sequence[:3] + ids, sequence], [1, 1])  # share three
-    for values in scored, torch.tensor(sampled):
-        if not torch.allclose(values, own[-len(values):], atol=1e-3, rtol=1e-3):
-            raise ValueError("its logits are capped, scaled or not finite")
+    (_, scored), _ = token_logprobs(policy, [ids, ids[:5] + new], [5, 5])  # and shares a beginning
+    if not torch.allclose(scored, torch.tensor(sampled), atol=1e-3, rtol=1e-3):
+        raise ValueError("its logits are capped, scaled or not finite")
 
 def check_context(policy: nn.Module, tokens: int) -> None:
     """InputError if responses would run beyond what the model was made for (`tokens` in all)."""
@@ -879,7 +872,7 @@ def prompt_tokens(problem: str, tokenizer) -> Tokens:
     if problem not in pieces:
         raise InputError("the chat template leaves out the problem")
     if not any(str(token) in problem for token in tokenizer.added_tokens_decoder.values()):
-        return tokenizer(chat, add_special_tokens=False).input_ids
+        pieces = [chat]
     return [i for piece in pieces for i in tokenizer(
         piece, add_special_tokens=False, split_special_tokens=piece == problem).input_ids]
 
