@@ -185,35 +185,35 @@ def evaluate(args: Namespace) -> None:
     settings = trapo.fill_in({"device": args.device, "model": args.model, "dataset": "gsm8k"})
     trapo.check_settings(settings)
     trapo.start_processes("gloo", settings.device)
-    with trapo.locked(out):
-        old, records = read_saved(out)
-        if args.rescore and not records:
-            raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
-        trapo.gather(0)  # nobody writes before all have read
-        if args.rescore:
-            for r in tqdm(records, "grading"):
-                r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
-            return report(old or {}, records, out)
-        defaults = trapo.read_defaults(trapo.model_folder(args.model))
-        policy, tokenizer = load_policy(args.model)
-        benchmarks = load_benchmarks(args, tokenizer, defaults)
-        longest = max(len(p.prompt_ids) for problems in benchmarks.values() for p in problems)
-        room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - longest
-        args.max_tokens = args.max_tokens or max(1, defaults.get("max_response", min(8192, room)))
-        trapo.check_context(policy, longest + args.max_tokens)
-        weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
-        protocol = {key: getattr(args, key) for key in
-                    ("temperature", "samples", "max_tokens", "limit", "seed", "chunk")}
-        protocol |= {"bf16": settings.bf16, "weights": hashlib.sha256(weights).hexdigest()}
-        if (old is not None or records) and old != protocol:
-            raise InputError(f"{out} holds samples of other weights or settings: another --out")
-        if RANK == 0 and old is None:
-            write(out / "results.json", [{"settings": protocol}])
-        sampler = make_sampler(policy, settings)
-        for name, problems in benchmarks.items():
-            run_benchmark(name, problems, records, out, sampler, tokenizer, args)
-        trapo.gather(0)  # all is drawn
-        report(protocol, read_saved(out)[1], out)
+    out.mkdir(parents=True, exist_ok=True)
+    old, records = read_saved(out)
+    if args.rescore and not records:
+        raise InputError(f"no samples to grade in {out}: evaluate first, or give --out")
+    trapo.gather(0)  # nobody writes before all have read
+    if args.rescore:
+        for r in tqdm(records, "grading"):
+            r["correct"], r["note"] = trapo.grade(r["response"], r["answer"])
+        return report(old or {}, records, out)
+    defaults = trapo.read_defaults(trapo.model_folder(args.model))
+    policy, tokenizer = load_policy(args.model)
+    benchmarks = load_benchmarks(args, tokenizer, defaults)
+    longest = max(len(p.prompt_ids) for problems in benchmarks.values() for p in problems)
+    room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - longest
+    args.max_tokens = args.max_tokens or max(1, defaults.get("max_response", min(8192, room)))
+    trapo.check_context(policy, longest + args.max_tokens)
+    weights = b"".join(p.detach().flatten()[:16].numpy().tobytes() for p in policy.parameters())
+    protocol = {key: getattr(args, key) for key in
+                ("temperature", "samples", "max_tokens", "limit", "seed", "chunk")}
+    protocol |= {"bf16": settings.bf16, "weights": hashlib.sha256(weights).hexdigest()}
+    if (old is not None or records) and old != protocol:
+        raise InputError(f"{out} holds samples of other weights or settings: another --out")
+    if RANK == 0 and old is None:
+        write(out / "results.json", [{"settings": protocol}])
+    sampler = make_sampler(policy, settings)
+    for name, problems in benchmarks.items():
+        run_benchmark(name, problems, records, out, sampler, tokenizer, args)
+    trapo.gather(0)  # all is drawn
+    report(protocol, read_saved(out)[1], out)
 
 # ==== Part 4. Training runs. Those that differ in nothing but the seed, and in what does not matter
 # to what is learned, are one method, with one name and one colour everywhere.

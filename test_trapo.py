@@ -18,7 +18,7 @@ The second half (`grep -n "# ===="`) tests what the lecture runs on. Nothing is 
 are tiny and made here. On a CPU, `pytest test_trapo.py` takes a minute or two, and the tutorial
 alone, `pytest test_trapo.py -m tutorial`, some 15 seconds.
 """
-import contextlib, copy, html, json, logging, math, multiprocessing, os  # noqa: E401
+import copy, html, json, logging, math, multiprocessing, os  # noqa: E401
 import random, re, shutil, signal, statistics, subprocess, sys  # noqa: E401
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -1550,6 +1550,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(base, whole, error, advice, c
     main([*tiny_run(base, "run", *LONGER), "--resume"])
     assert_same("run", whole)
 
+def test_of_two_runs_that_begin_in_one_folder_the_later_is_refused(base, monkeypatch, capsys):
+    at_call("trapo open_log", 1, lambda: put("run/settings.json", "another's"), monkeypatch)
+    assert "run/settings.json" in refusal(tiny_run(base, "run"), capsys)
+    assert Path("run/settings.json").read_text() == "another's"
+
 # ==== Part 9. Rollouts that are kept, and printing
 
 def test_two_groups_are_kept_and_one_is_shown_at_each_evaluation(base, capsys):
@@ -1625,11 +1630,6 @@ def built(at, name, **changes):
     at.tokenizer.save_pretrained("built")
     return model("built")
 
-def held(at):
-    """The command line of a run in a folder that is locked."""
-    at.enter(trapo.locked(Path("run")))
-    return tiny_run(at.base, "run")
-
 def without_checkpoints(at):
     flags = resumed(at, "notes", "")
     for folder in checkpoints(Path("run")):
@@ -1668,7 +1668,6 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("a folder that holds a thesis", lambda at: put(
         "out/thesis.tex", "all of it", tiny_run(at.base, "out")), "not empty.*--resume"),
     ("a finished run, without --resume", lambda at: resumed(at, "notes", "")[1:], "not empty"),
-    ("another program writes there", held, "another program"),
     ("several processes, but no torchrun", lambda at: at.setenv("WORLD_SIZE", "2") or tiny_run(
         at.base, "run"), "torchrun"),
     # ---- models
@@ -1731,12 +1730,10 @@ def assert_refused(make, words, at, capsys, program=main):
     def files():
         return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
-    with contextlib.ExitStack() as stack:
-        at.enter = stack.enter_context
-        argv = make(at) if callable(make) else make.replace("STAND_IN", at.stand_in).split()
-        before = files()
-        line = refusal(argv, capsys, program)
-        assert re.search(words, line) and files() == before, line
+    argv = make(at) if callable(make) else make.replace("STAND_IN", at.stand_in).split()
+    before = files()
+    line = refusal(argv, capsys, program)
+    assert re.search(words, line) and files() == before, line
 
 @pytest.mark.parametrize("make, words", [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED])
 def test_what_cannot_be_used_is_refused_in_one_line(
@@ -2055,8 +2052,6 @@ EVAL_REFUSED = [  # as above
         ("look nowhere", "nowhere"), ("dance", "dance"), ("speed --prompts 0", "prompts"),
         ("speed --model random:Qwen3", "Qwen3"), ("speed --alpha 2", "alpha"),
         ("speed --max-response 999 --device cpu", "256"))),
-    ("another program writes there", lambda at: held(at) and [
-        "model", at.stand_in, *FEW, "--out", "run"], "another program"),
     ("nothing to rescore", lambda at: put("out/notes", "", ["model", "m", "--rescore", "--out",
                                                             "out"]), "no samples"),
     *((" ".join(flags), lambda at, flags=flags: ["runs", write_run("a"), *flags], words)

@@ -45,7 +45,7 @@ The lecture:  settings, 1 losses, 2 adaptive guidance, 3 log-probs, 4 the update
 The workshop: 6 the sampler, 7 models, data and reward, 8 processes and checkpoints, 9 metrics and
 evaluation, 10 the command line. "Part" is of this file, "Section" of the paper.
 """
-import argparse, contextlib, copy, dataclasses, datetime, decimal, fcntl  # noqa: E401
+import argparse, contextlib, copy, dataclasses, datetime, decimal  # noqa: E401
 import functools, hashlib, json, logging, math, os, random, re, resource  # noqa: E401
 import shutil, signal, sys, time, traceback, typing  # noqa: E401
 from collections import Counter, defaultdict
@@ -707,14 +707,11 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
     with as_input_error(f"use model {name}", "give the folder or Hub id of a model like Qwen2.5"):
         if transformers.utils.find_adapter_config_file(path):
             raise ValueError("it is a LoRA adapter: merge it into its base model first")
-        config = transformers.AutoConfig.from_pretrained(path, **safe)
-        for key, value in list(vars(config).items()):  # dropout: log-probs would differ by pass
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
         # fp32 always: at a learning rate of 5e-6 most updates would round to nothing in bf16.
+        # No dropout: log-probs would differ from pass to pass.
         policy, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True, **safe)
+            path, dtype=torch.float32, attention_dropout=0.0, output_loading_info=True, **safe)
         for fault in "missing_keys", "unexpected_keys":
             if report[fault]:
                 raise ValueError(f"{fault} of weights: {', '.join(sorted(report[fault]))}")
@@ -723,20 +720,17 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
             ends if isinstance(ends, list) else [ends])}
         # Fresh: a contradiction among sampling defaults would be refused at the first checkpoint.
         policy.generation_config = transformers.GenerationConfig(
-            eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id)
+            eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id)
         check_policy(policy, tokenizer)
     return policy, tokenizer
 
 def turn_end(tokenizer) -> int:
     """The id that ends an assistant's turn: the special token that the chat template prints after
-    it, else EOS. ValueError if there is neither, or if the template loses the turn."""
+    it, else EOS. ValueError if there is neither."""
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<answer>"}]
-        _, answer, after = render(tokenizer, turns).partition("<answer>")
-        if not answer:
-            raise ValueError("its chat template leaves out what was said")
+        after = render(tokenizer, turns).partition("<answer>")[2]
         ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         end = ids[0] if special & set(ids[:1]) else end
@@ -1099,6 +1093,8 @@ def open_log(args: "Settings", start: int, tokenizer) -> None:
     if RANK:
         return
     out, data = Path(args.out), {}
+    if not args.resume:
+        (out / "settings.json").touch(exist_ok=False)  # of two new runs the later one ends here
     for path in filter(Path.exists, (out / "metrics.jsonl", out / "rollouts.jsonl")):
         kept = [line for line in path.read_text().splitlines(True)  # a kill may have torn the last
                 if line.endswith("}\n") and json.loads(line)["step"] <= start > 0]
@@ -1128,20 +1124,6 @@ def catch_signals() -> list[int]:
         signal.signal(number, usual[number])
     usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     return came
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it, so that no other run or evaluation writes into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)  # held until it is closed
-    with as_input_error(f"write to {folder}: another program does", "give another --out"):
-        if RANK == 0:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    gather(0)  # the others wait here
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 # ==== Part 9. Metrics, evaluation, printing: what the loop reports.
 def print_once(text: str) -> None:
@@ -1216,7 +1198,7 @@ def hint_if_nothing_is_learnt(history: list[dict], metrics: dict, last: bool,
                               args: Recipe) -> None:
     """At the tenth step, or an earlier end, say if nothing was learnt from the policy's tokens."""
     history.append(metrics)
-    if len(history) != 10 and not (last and len(history) < 10):
+    if len(history) > 10 or len(history) < 10 and not last:
         return
     if all(metrics["truncated"] == 1 for metrics in history):
         print_once(f"All responses were cut off at --max-response {args.max_response}: is it long "
@@ -1433,11 +1415,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         args = parse_args(argv)
         start_processes("nccl" if args.device == "cuda" else "gloo", args.device)
-        with locked(Path(args.out)):
-            if not args.resume and gather(any(Path(args.out).iterdir()))[0]:
-                raise InputError(f"{args.out} is not empty: --resume the run in it, if there is "
-                                 "one, remove it, or give another --out")
-            train(args)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        if not args.resume and gather(any(Path(args.out).iterdir()))[0]:
+            raise InputError(f"{args.out} is not empty: --resume the run in it, if there is one, "
+                             "remove it, or give another --out")
+        train(args)
 
 if __name__ == "__main__":
     main()
