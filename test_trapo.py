@@ -1184,7 +1184,7 @@ def math_reward(response, answer):
     ("\x00\ud83d", "7", 0.0),
     ("\\boxed{8.7 \\times 10^{8}}", "8.7e8", 1.0), ("\\boxed{2e}", "2e", 1.0),  # e: ten, or Euler's
     ("\\boxed{2e-27}", "1e-27", 0.0), ("Put it in \\boxed{}. So \\boxed{5}", "5", 1.0),
-    ("\\boxed{4} \\boxed{5} \\boxed{6}", "5", 0.0), ("5 or \\boxed{6}", "5", 0.0),
+    ("\\boxed{5} \\boxed{6}", "6", 1.0), ("5 or \\boxed{6}", "5", 0.0),
     ("\\boxed{4}, no, it is \\boxed{5}", "5", 1.0), ("\\boxed{proof}", "proof", 0.0)])
 def test_math_reward_is_one_for_an_equal_answer_and_never_raises(response, answer, reward):
     """Math-Verify's verdict on fractions, tuples, powers of ten, boxes, nonsense, broken LaTeX."""
@@ -1579,13 +1579,12 @@ def test_what_decided_on_help_is_said_in_words(rewards, prefix, length, threshol
              Rollout([5], [7] * prefix, [4], micro_group=1, solution_length=length)]
     assert words in trapo.help_given(group, 1, MicroGroup(1, 0.2, threshold))
 
-@pytest.mark.parametrize("limit, words", [
-    ("1", "cut off at --max-response 1"), ("12", "No group had both")])
-def test_a_run_that_learns_nothing_says_so_once(base, limit, words, monkeypatch, capsys):
+def test_a_run_that_learns_nothing_says_so_once(base, monkeypatch, capsys):
     monkeypatch.setattr(trapo, "grade", lambda *_: (0.0, ""))
     main(tiny_run(base, "run", "--dataset", write_rows([{"problem": "a 1 b +1 ?", "answer": "2"}]),
-                  "--prompts", "1", "--steps", "2", "--max-prompt", "12", "--max-response", limit))
-    assert capsys.readouterr().out.count(words) == 1
+                  "--prompts", "1", "--steps", "2", "--max-prompt", "12", "--max-response", "1"))
+    output = capsys.readouterr().out
+    assert output.count("No group had both") == output.count("cut off at --max-response 1") == 1
 
 # ==== Part 10. The command line
 

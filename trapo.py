@@ -680,10 +680,8 @@ def chunk_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor,
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
            places: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
     """The usual attention; given `places`, attention along the paths of [1, heads, N, D] nodes.
-
-    Then `mask` holds the [1, 1, B, T] nodes of the paths. They are padded on the right, which needs
-    no mask: causal attention never looks there.
-    """
+    Then `mask` holds the [1, 1, B, T] nodes of the paths, padded on the right: causal attention
+    never looks there."""
     if places is None:
         return plain_attention(module, query, key, value, mask, **options)
     nodes, (batch, length) = mask.flatten(), mask.shape[2:]
@@ -787,7 +785,9 @@ UNREADABLE = "the answer cannot be read, so nothing is right"
 def grade(response: str, answer: str) -> tuple[float, str]:
     """Math-Verify's verdict: (1.0 or 0.0, a note if response or answer hold nothing to compare)."""
     from math_verify import parse, verify  # which catch their errors, and stop after 5 seconds
-    right, found = parse(f"${plain_numbers(answer)}$"), parse(plain_numbers(last_box(response)))
+    # The last box counts: Math-Verify would join boxes. Empty ones are the instruction's, repeated.
+    _, box, last = re.sub(r"\\boxed\{\s*\}", "", response).rpartition("\\boxed{")
+    right, found = parse(f"${plain_numbers(answer)}$"), parse(plain_numbers(box + last))
     is_word = len(right) < 2 and answer.isalpha()  # a text, but no expression
     if not right or is_word or answer.lower() in ("proof", "notfound"):
         return 0.0, UNREADABLE
@@ -801,15 +801,6 @@ def plain_numbers(text: str) -> str:
     """8.7e8 as 870000000: Math-Verify would read e as Euler's number."""
     return re.sub(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}(?!\w|\.\d)",
                   lambda number: f"{decimal.Decimal(number[0]):f}", text)
-
-def last_box(response: str) -> str:
-    """Math-Verify joins boxes that stand close together. So empty ones (the instruction's) go, and
-    of two with words between ("no, it is") the last counts; lists and spam stay joined, and wrong.
-    """
-    first, *boxes = re.sub(r"\\boxed\{\s*\}", "", response).split("\\boxed{")
-    if len(boxes) == 2 and set(re.findall("[a-z]+", boxes[0].rpartition("}")[2])) - {"and", "or"}:
-        boxes = boxes[1:]
-    return "\\boxed{".join([first, *boxes])
 
 def load_rows(dataset: str, split: str = "train") -> list[dict]:
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had. Numbers in JSON
@@ -995,11 +986,10 @@ def for_all_processes(policy: nn.Module, batches: list[list[Rollout]],
 def shard(policy: nn.Module, args: "Settings") -> None:
     """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another."""
     from torch.distributed import fsdp
-    options = {"mesh": dist.init_device_mesh(args.device, (WORLD,))}
-    if args.bf16:
-        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    mesh = dist.init_device_mesh(args.device, (WORLD,))
+    precision = fsdp.MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32)
     for part in (*policy.base_model.layers, policy):
-        fsdp.fully_shard(part, **options)
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
     # FSDP gathers the weights when a method of the policy is called that it was told of.
     policy.token_logprobs = functools.partial(token_logprobs, policy)
     fsdp.register_fsdp_forward_method(policy, "token_logprobs")
@@ -1198,14 +1188,12 @@ def hint_if_nothing_is_learnt(history: list[dict], metrics: dict, last: bool,
                               args: Recipe) -> None:
     """At the tenth step, or an earlier end, say if nothing was learnt from the policy's tokens."""
     history.append(metrics)
-    if len(history) > 10 or len(history) < 10 and not last:
-        return
-    if all(metrics["truncated"] == 1 for metrics in history):
-        print_once(f"All responses were cut off at --max-response {args.max_response}: is it long "
-                   "enough for an answer?")
-    elif not any(metrics["mixed"] or not metrics["tokens_generated"] for metrics in history):
+    due = len(history) == 10 or last and len(history) < 10
+    if due and not any(metrics["mixed"] or not metrics["tokens_generated"] for metrics in history):
+        cut = f"{metrics['truncated']:.0%} of responses were cut off at --max-response"
         print_once(f"No group had both right and wrong rollouts in {len(history)} steps: nothing "
-                   "was learnt from the policy's own tokens. Easier problems, or more help?")
+                   f"was learnt from the policy's own tokens. {cut} {args.max_response}. Easier "
+                   "problems, or more help?")
 
 def in_short(metrics: dict) -> str:
     """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
@@ -1231,13 +1219,12 @@ def evaluate(sampler: nn.Module, task: Task, args: "Settings", greedy: bool) -> 
 
 def show_group(groups: list[list[Rollout]], tokenizer, args: Recipe) -> None:
     """Print the group that was helped most, the expert's prefix set apart: the method at work."""
-    left, right = ("\033[33m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     for group in sorted(groups, key=lambda group: sum(bool(r.prefix) for r in group))[-1:]:
         print_once("prompt: " + tokenizer.decode(group[0].prompt))
         for m, micro_group in enumerate(args.schedule):
             print_once(f"  micro-group {m + 1}: {help_given(group, m, micro_group)}")
             for r in (r for r in group if r.micro_group == m):
-                prefix = f"{left}{tokenizer.decode(r.prefix)}{right} " if r.prefix else ""
+                prefix = f"[{tokenizer.decode(r.prefix)}] " if r.prefix else ""
                 print_once(f"    reward {r.reward:.0f}, A {r.advantage:+.2f}:  {prefix}"
                            + tokenizer.decode(r.completion))
 
@@ -1245,12 +1232,12 @@ def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
     """What decided on help for micro-group m of a group, and what it got, in words."""
     first = next(r for r in group if r.micro_group == m)
     rewards = [r.reward for r in group if r.micro_group < m]
-    guided = is_guided(rewards, micro_group)
-    share = f"{len(first.prefix) / max(1, first.solution_length):.0%} of the solution"
-    given = share if first.solution_length else "but there is no solution"
-    average = sum(rewards) / max(1, len(rewards))
-    return (f"mean reward so far {average:.2f} {'<' if guided else '>='} "
-            f"{micro_group.threshold:g}: {given if guided else 'no help'}")
+    average, guided = sum(rewards) / max(1, len(rewards)), is_guided(rewards, micro_group)
+    given = "no help" if not guided else "but there is no solution"
+    if guided and first.solution_length:
+        given = f"{len(first.prefix) / first.solution_length:.0%} of the solution"
+    sign = "<" if guided else ">="
+    return f"mean reward so far {average:.2f} {sign} {micro_group.threshold:g}: {given}"
 
 # ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json,
 # the method's preset > defaults.
@@ -1312,8 +1299,8 @@ def make_parser() -> Parser:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         default, kind = f.default_factory(), (typing.get_args(f.type) or [f.type])[0]
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        options = {"help": f.metadata["help"] + f" ({shown})" * (default not in (None, False, ""))}
+        shown = f" ({default})" if default not in (None, False, "") else ""
+        options = {"help": f.metadata["help"] + shown}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -1341,11 +1328,11 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 def fill_in(known: dict) -> Settings:
     """Settings of what is known; the model's defaults, the method's and this machine's beside."""
     model = known.get("model", str(EMBEDDED))
+    folder = model_folder(model)
     if "dataset" not in known:
-        known = read_defaults(model_folder(model)) | known
+        known = read_defaults(folder) | known
     args = Settings(**{"model": model, "dataset": "gsm8k"} | known)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = model_folder(model)
     if folder.name == "model" or folder.name.startswith("checkpoint-"):
         folder = folder.resolve().parent
     preset = {"bf16": args.device == "cuda" and torch.cuda.is_bf16_supported(False),  # not emulated
