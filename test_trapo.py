@@ -1713,7 +1713,7 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
            "--alpha 0.2", "--method grpo", "--seed 1", "--prompts 3")),
     *((f"settings.json with {content}", lambda at, content=content: resumed(
         at, "settings.json", content), f"settings.json.*{words}") for content, words in (
-            ({"wind": 3}, "wind"), ({"alpha": 2}, "alpha 2"), ({"alpha": [0.1]}, "list"),
+            ({"wind": 3}, "wind"), ({"alpha": 2}, "alpha 2"), ({"alpha": [0.1]}, "float"),
             ({"sizes": 4.5}, "float"), ("[1]", ""), ("{", ""))),
     ("a finished run whose checkpoints are gone", lambda at: without_checkpoints(at), "finished"),
     ("other rows than before", lambda at: put(
@@ -1722,7 +1722,7 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
     # ---- defaults.json
     ("defaults.json with wind", lambda at: beside(at, '{"wind": 3}'), "defaults.json.*wind"),
-    ("defaults.json, a list", lambda at: beside(at, '{"steps": [3]}'), "defaults.json.*list")]
+    ("defaults.json, a list", lambda at: beside(at, '{"steps": [3]}'), "defaults.json.*float")]
 
 def assert_refused(make, words, at, capsys, program=main):
     """In one line, and no file is written or deleted."""
