@@ -1079,7 +1079,6 @@ def write_whole(path: Path, text: str) -> None:
 
 def open_log(args: "Settings", start: int, tokenizer) -> None:
     """Cut a resumed run's logs back to step `start`, and write what describes the run."""
-    gather(0)  # nobody writes before everybody has read
     if RANK:
         return
     out, data = Path(args.out), {}
@@ -1262,7 +1261,7 @@ class Settings(Recipe):
     fingerprint: str = setting("", argparse.SUPPRESS)  # the task's, for --resume
 
     def __post_init__(self) -> None:
-        """InputError for a number that is out of range, TypeError for what is none."""
+        """InputError for a number that is out of range, ValueError for what is none."""
         for f in dataclasses.fields(Settings):
             default, value = f.default_factory(), getattr(self, f.name)
             low, high = RANGES.get(f.name, (1e-12, 1e12))
@@ -1286,10 +1285,8 @@ class Parser(argparse.ArgumentParser):
 
 def share(text: str) -> float | str:
     """For argparse: a share, or a range of them, low:high."""
-    ends = [float(end) for end in text.split(":")]
-    if len(ends) > 2 or ends != sorted(ends):
-        raise argparse.ArgumentTypeError(f"{text} is no share, nor a range low:high")
-    return text if len(ends) == 2 else ends[0]
+    low, *high = map(float, text.split(":"))
+    return text if high else low
 
 def make_parser() -> Parser:
     """A flag for every field of Settings; what is not typed is not there."""
