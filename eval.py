@@ -5,9 +5,8 @@
     python eval.py look runs/x                                            its rollouts, as a page
     python eval.py speed --model random:Qwen2.5-0.5B                      speed of this machine
 
-The sampler, the reward, the update and the loading of models and rows are trapo.py's. Words: avg@k
-is the share of right answers among k samples of every problem; pass@k the chance that at least one
-of k samples is right.
+Sampler, reward, update and the loading of models and rows are trapo.py's. avg@k is the share of
+right answers among k samples of every problem; pass@k the chance that one of k at least is right.
 """
 import functools, hashlib, json, math, os, random, statistics, time  # noqa: E401
 from argparse import Namespace
@@ -67,11 +66,9 @@ BENCHMARKS = {  # Hub data set, configuration, split, samples a problem, authors
     "olympiad": ("math-ai/olympiadbench", None, "test", 1, "valid.olympiad_bench")}
 
 def load_benchmark(name: str, tokenizer, args: Namespace) -> list[Problem]:
-    """The problems of a Hub benchmark or of a file, each as often as it is to be sampled.
-
-    Identical rows are one problem, by default sampled as often as it stands there: the authors'
-    files hold each problem of AIME and AMC 32 times.
-    """
+    """The problems of a Hub benchmark or of a file, each as often as it is to be sampled. Identical
+    rows are one problem, by default sampled as often as it stands there: the authors' files hold
+    each problem of AIME and AMC 32 times."""
     from datasets import load_dataset
     hub, config, split, samples, _ = BENCHMARKS.get(name, [None] * 5)
     if not (hub or Path(name).is_file()):
@@ -233,10 +230,7 @@ def run_settings(folder: str) -> dict:
     for path in Path(folder, "settings.json"), Path(folder).parent / "settings.json":
         if path.exists():
             with as_input_error(f"use {path}", "restore it, or leave that run out"):
-                settings = vars(Settings()) | dict(json.loads(path.read_text()))
-                if type(settings["method"]) is not str or type(settings["seed"]) is not int:
-                    raise ValueError("method or seed are not what they should be")
-            return settings
+                return vars(Settings(**json.loads(path.read_text())))
     return {}
 
 def read_run(folder: str) -> tuple[dict, dict[str, float], pandas.DataFrame]:
@@ -279,7 +273,8 @@ def name_methods(runs: list[dict]) -> list[str]:
     variants = list(names)
     for name in set(names):
         same = [i for i in range(len(runs)) if names[i] == name]
-        preset = trapo.METHODS.get(runs[same[0]]["method"], {})
+        preset = {"prefix_weight": 1.0, "anneal": 0, "baseline": "group"}
+        preset |= trapo.METHODS.get(runs[same[0]]["method"], {})
         for key in sorted(METHOD):
             values = [runs[i].get(key) for i in same]
             if any(value != preset.get(key, values[0]) for value in values):
@@ -460,9 +455,11 @@ def look(args: Namespace) -> None:
     with as_input_error(f"show {path}", "delete the lines that are damaged"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(Path(args.folder, "tokenizer"))
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be torn
-        groups = [{"step": line["step"]} | page_group([Rollout(**r) for r in line["rollouts"]],
-                                                      tokenizer, Settings(**settings))
-                  for line in map(json.loads, lines)]
+        groups = []
+        for line in map(json.loads, lines):
+            rollouts = [Rollout(**r) for r in line["rollouts"]]
+            then = trapo.annealed(Settings(**settings), line["step"] - 1)
+            groups.append({"step": line["step"]} | page_group(rollouts, tokenizer, then))
     if not groups:
         raise InputError(f"{path}: the run kept no rollouts yet: it does when it evaluates")
     run = {key: list(curves[name].dropna().items()) for key, name in CURVES.items()}

@@ -1184,7 +1184,7 @@ def math_reward(response, answer):
     ("\x00\ud83d", "7", 0.0),
     ("\\boxed{8.7 \\times 10^{8}}", "8.7e8", 1.0), ("\\boxed{2e}", "2e", 1.0),  # e: ten, or Euler's
     ("\\boxed{2e-27}", "1e-27", 0.0), ("Put it in \\boxed{}. So \\boxed{5}", "5", 1.0),
-    ("\\boxed{5} \\boxed{6}", "6", 1.0), ("5 or \\boxed{6}", "5", 0.0),
+    ("\\boxed{4} \\boxed{5} \\boxed{6}", "5", 0.0), ("5 or \\boxed{6}", "5", 0.0),
     ("\\boxed{4}, no, it is \\boxed{5}", "5", 1.0), ("\\boxed{proof}", "proof", 0.0)])
 def test_math_reward_is_one_for_an_equal_answer_and_never_raises(response, answer, reward):
     """Math-Verify's verdict on fractions, tuples, powers of ten, boxes, nonsense, broken LaTeX."""
@@ -1657,7 +1657,8 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
         "--temperature 0", "--warmup -1", "--seed -1", "--seed 9999999999999999999",
         "--method ppo", "--prefix-loss kl", "--device gpu", "--step 3", "--base-steps 9")),
     *((flags, flags, words) for flags, words in (
-        ("--ratios 0 0.5", "--ratios"), ("--sizes 4 2", "--sizes"), ("3", "3"),
+        ("--ratios 0 0.5", "--ratios"), ("--ratios 0.5:0.2", "low:high"),
+        ("--ratios 0:0.5:1", "low:high"), ("--ratios 0:1.5", "0:1.5 is not in"), ("--sizes 4 2", "--sizes"), ("3", "3"),
         ("--overwrite", "--overwrite"), ("--dataset nowhere", "nowhere.*gsm8k"),
         ("--test no.jsonl", "no.jsonl"),
         ("--resume --out typo", "typo/settings.json"),
@@ -1987,16 +1988,16 @@ def test_methods_are_named_as_a_person_says_them(capsys):
     runs.append(write_run("half", "grpo", model="runs/sft/checkpoint-5"))
     names = compared(capsys, *runs)
     assert names == [f"{name} (1)" for name in (
-        "TRAPO", "micro-groups alone", "naive SFT mix", "micro-groups, LUFFY's loss",
-        "fixed prefixes", "GRPO", "LUFFY", "SFT", "SFT, then GRPO")]
-    assert len({evaluation.COLOURS[name.removesuffix(" (1)")] for name in names}) == 9
+        "TRAPO", "micro-groups alone", "naive SFT mix", "micro-groups, LUFFY's loss", "GRPO",
+        "LUFFY", "SFT", "fixed prefixes", "HPT", "POPE", "UFT", "CHORD", "GHPO", "SFT, then GRPO")]
+    assert len({evaluation.COLOURS[name.removesuffix(" (1)")] for name in names}) == 14
     one = write_run("one", thresholds=[-1, 0.5, 0.7, 0.9], max_grad_norm=1)  # -1 is -1.0
     two = write_run("two", seed=1, bf16=True, micro_tokens=9, save_every=3)  # these are no method's
     pair = write_run("int", seed=3, lr=1), write_run("float", seed=4, lr=1.0)
     assert compared(capsys, one, two) == ["TRAPO (2)"]
     assert compared(capsys, *pair, one) == ["TRAPO, lr=1 (2)", "TRAPO, lr=5e-06 (1)"]
-    odd = write_run("odd", seed=2, prefix_loss="sft")  # named even where it is alone
-    assert compared(capsys, odd) == ["TRAPO, prefix_loss=sft (1)"]
+    odd = write_run("odd", seed=2, prefix_loss="sft", baseline="context")  # named even alone
+    assert compared(capsys, odd) == ["TRAPO, baseline=context, prefix_loss=sft (1)"]
 
 def test_what_trapo_writes_is_read_and_a_resumed_run_stays_the_same_method(base, capsys):
     """Two seeds, one of them resumed; SFT, which samples nothing; no evaluation in any."""
@@ -2062,7 +2063,8 @@ EVAL_REFUSED = [  # as above
         f"{write_run('run')}/{file}", text, ["runs", "run"]), f"run.*{words}")
       for file, text, words in (
         ("settings.json", "[1]", "settings.json"), ("settings.json", "{", "settings.json"),
-        ("settings.json", {"method": 3}, "settings.json"), ("metrics.jsonl", "[1]\n", "metrics"),
+        ("settings.json", {"steps": "many"}, "settings.json"),
+        ("metrics.jsonl", "[1]\n", "metrics"),
         ("metrics.jsonl", '{"step": 0, "eval": {}}\n', "no finished step"),
         ("metrics.jsonl", '{"step": 1, "tokens_generated": 5}\n', "reward_unguided"),
         ("metrics.jsonl", '{"step": 1, "eval": {"held out": "half"}}\n', "half"))),

@@ -796,9 +796,7 @@ UNREADABLE = "the answer cannot be read, so nothing is right"
 def grade(response: str, answer: str) -> tuple[float, str]:
     """Math-Verify's verdict: (1.0 or 0.0, a note if response or answer hold nothing to compare)."""
     from math_verify import parse, verify  # which catch their errors, and stop after 5 seconds
-    # The last box counts: Math-Verify would join boxes. Empty ones are the instruction's, repeated.
-    _, box, last = re.sub(r"\\boxed\{\s*\}", "", response).rpartition("\\boxed{")
-    right, found = parse(f"${plain_numbers(answer)}$"), parse(plain_numbers(box + last))
+    right, found = parse(f"${plain_numbers(answer)}$"), parse(plain_numbers(last_box(response)))
     is_word = len(right) < 2 and answer.isalpha()  # a text, but no expression
     if not right or is_word or answer.lower() in ("proof", "notfound"):
         return 0.0, UNREADABLE
@@ -812,6 +810,15 @@ def plain_numbers(text: str) -> str:
     """8.7e8 as 870000000: Math-Verify would read e as Euler's number."""
     return re.sub(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}(?!\w|\.\d)",
                   lambda number: f"{decimal.Decimal(number[0]):f}", text)
+
+def last_box(response: str) -> str:
+    """Math-Verify joins boxes that stand close together. So empty ones (the instruction's) go, and
+    of two with words between ("no, it is") the last counts; lists and spam stay joined, and wrong.
+    """
+    first, *boxes = re.sub(r"\\boxed\{\s*\}", "", response).split("\\boxed{")
+    if len(boxes) == 2 and set(re.findall("[a-z]+", boxes[0].rpartition("}")[2])) - {"and", "or"}:
+        boxes = boxes[1:]
+    return "\\boxed{".join([first, *boxes])
 
 def load_rows(dataset: str, split: str = "train") -> list[dict]:
     """Rows of `gsm8k`, `openr1` or a local file; InputError if they cannot be had. Numbers in JSON
@@ -1296,8 +1303,10 @@ class Parser(argparse.ArgumentParser):
 
 def share(text: str) -> float | str:
     """For argparse: a share, or a range of them, low:high."""
-    low, *high = map(float, text.split(":"))
-    return text if high else low
+    ends = [float(end) for end in text.split(":")]
+    if len(ends) > 2 or ends != sorted(ends):
+        raise argparse.ArgumentTypeError(f"{text} is no share, nor a range low:high")
+    return text if len(ends) == 2 else ends[0]
 
 def make_parser() -> Parser:
     """A flag for every field of Settings; what is not typed is not there."""

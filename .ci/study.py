@@ -306,7 +306,7 @@ def summary(stages: list[dict]) -> dict:
     steps = [line for line in lines if line["step"]]
     rewards = [line["reward_unguided"] for line in steps]
     first = sum(reward is None for reward in rewards)  # steps of SFT, which has no such rollouts
-    size = 10 if len(steps) > 80 else 4
+    size = 4 if "legs" in stages[-1] else 10
     means = [sum(rewards[i - 5:i]) / 5 for i in range(first + 5, len(steps) + 1)]
     half = next((i for i, mean in enumerate(means, first + 5) if mean >= HALF), None)
     tokens = list(itertools.accumulate(line["tokens_generated"] for line in steps))
@@ -695,7 +695,28 @@ def draw_alphas():
         axis.grid(alpha=0.3)
     return figure
 
-FIGURES = {"main": draw_dots, "curves": draw_curves, "map": draw_map, "alpha": draw_alphas}
+def draw_losses():
+    """What a token of probability p weighs on grad log p in each prefix loss, by autograd."""
+    figure = new_figure(7, 3)
+    axis = figure.add_subplot(xscale="log", xlabel="p, the policy's probability of the token",
+                              ylabel="weight on ∇ log p", xlim=(1e-3, 1))
+    logp = torch.linspace(-7, 0, 1001, requires_grad=True)
+    for name, loss, alpha, colour, style in (
+            ("SFT", "sft", 0, "SFT", "-"), ("DFT: TrSFT, α = 1", "trsft", 1, "GRPO", "--"),
+            ("ProFit, α = 0.1", "profit", 0.1, "fixed prefixes", ":"),
+            ("CHORD-φ", "chord-phi", 0, "SFT, then GRPO", "-."),
+            ("LUFFY, A = 1", "luffy", 0, "LUFFY", "-"),
+            ("TrSFT, α = 0.1", "trsft", 0.1, "TRAPO", "-")):
+        losses = trapo.PREFIX_LOSSES[loss](logp, 1.0, alpha)
+        weight, = torch.autograd.grad(-losses.sum(), logp)
+        axis.plot(logp.detach().exp(), weight, style, c=COLOURS[colour], label=name,
+                  lw=3 if colour == "TRAPO" else 1.8)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+FIGURES = {"main": draw_dots, "curves": draw_curves, "map": draw_map, "alpha": draw_alphas,
+           "losses": draw_losses}
 
 def main() -> None:
     """The command line."""
