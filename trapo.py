@@ -67,8 +67,7 @@ Sampled = tuple[Tokens, list[float]]  # tokens, and the log-probs they were draw
 # ==== Settings of the method; those of the data, the machine and the run follow in Part 10.
 def setting(default: object, help: str, group: str | None = None) -> typing.Any:
     """A field that is a flag of the command line; `group` opens a group of flags."""
-    metadata = {"help": help, "group": group}
-    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default_factory=lambda: copy.copy(default), metadata=dict(help=help, group=group))
 
 ALWAYS = 2.0  # as a threshold: every mean reward is below it
 MICRO = {"sizes": [4, 2, 1, 1], "ratios": [0.0, 0.2, 0.5, 1.0], "thresholds": [-1.0, 0.5, 0.7, 0.9]}
@@ -101,25 +100,24 @@ class Recipe:
         """Algorithm 1's table, a row per micro-group."""
         return [MicroGroup(*row) for row in zip(self.sizes, self.ratios, self.thresholds)]
 
-METHODS = {  # a method is four settings (a rival's may be more): Table 2's rows, the baselines,
+METHODS = {  # a method is four settings, a rival's some more
     "trapo": MICRO | {"prefix_loss": "trsft"},
-    "micro": MICRO | {"prefix_loss": "none"},
+    "micro": MICRO | {"prefix_loss": "none"},  # this row and the next two: Table 2
     "naive": MICRO | {"prefix_loss": "sft"},
     "micro-luffy": MICRO | {"prefix_loss": "luffy"},
+    "fixed-prefix": MICRO | {"thresholds": [-1.0, ALWAYS, ALWAYS, ALWAYS], "prefix_loss": "trsft"},
     "grpo": {"sizes": [8], "ratios": [0.0], "thresholds": [-1.0], "prefix_loss": "none"},
     "luffy": WHOLE | {"prefix_loss": "luffy"},
     "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
-    # a control of ours, and approximations of HPT (arXiv 2509.04419; SFT if and only if all fail),
-    "fixed-prefix": MICRO | {"thresholds": [-1.0, ALWAYS, ALWAYS, ALWAYS], "prefix_loss": "trsft"},
+    # Rivals, and how their rows differ from them. HPT (arXiv 2509.04419): seven tries, not eight.
     "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
-    # POPE and PrefixRL (2601.18779, 2601.18795; here all problems get hints, not the hard alone),
+    # POPE (2601.18779), PrefixRL (2601.18795): all problems get hints, not the hard ones alone.
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
-    # UFT (2505.16984; here shares are uniform, not binomial, of mean .75 at first, not .95),
+    # UFT (2505.16984): shares are uniform, not binomial; their mean is .75 at first, not .95.
     "uft": {"sizes": [8], "ratios": ["0.5:1"], "thresholds": [ALWAYS], "prefix_loss": "sft",
             "prefix_weight": 0.001, "anneal": 120},
-    # CHORD-phi (2508.11408; here SFT is on the same problems), and GHPO (2507.10628; here hints
-    # that are not needed are replaced by further tries).
+    # CHORD-phi (2508.11408): SFT on the same problems. GHPO (2507.10628): more tries if no hint.
     "chord": WHOLE | {"prefix_loss": "chord-phi", "prefix_weight": 0.1, "baseline": "context"},
     "ghpo": {"sizes": [8] * 4, "ratios": [0.0, 0.25, 0.5, 0.75], "thresholds": [-1.0] + [1e-9] * 3,
              "prefix_loss": "none", "baseline": "context"}}
@@ -236,8 +234,7 @@ def is_guided(rewards_so_far: list[float], micro_group: MicroGroup) -> bool:
 
 def draw_prefix(problem: Problem, ratio: float | str,
                 rng: random.Random) -> tuple[Tokens | None, Tokens]:
-    """One of the problem's solutions, and the prefix of it that help would be; (None, []) of none.
-    """
+    """One of the problem's solutions, and the prefix that help would be; (None, []) if none."""
     if not problem.solutions:
         return None, []
     solution = rng.choice(problem.solutions)
@@ -260,8 +257,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
     Args: problems: a guided micro-group picks one of a problem's solutions.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
         reward: of a response, prefix and completion together, in [0, 1].
-        rng: picks solutions, and shares where they are ranges.
-        max_response: tokens, prefix and completion together.
+        rng: picks solutions, and shares.   max_response: tokens, prefix and completion together.
         speculate: draw all that may be needed in one call of generate; the same distribution.
     """
     # All picks come first, so who is guided does not change what rng picks for the others.
