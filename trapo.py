@@ -694,8 +694,11 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
     nodes, (batch, length) = mask.flatten(), mask.shape[2:]
     unpacked = [x[0].index_select(1, nodes).unflatten(1, (batch, length)).transpose(0, 1)
                 for x in (query, key, value)]                                     # [B, heads, T, D]
-    out, _ = plain_attention(module, *unpacked, None, **options)                  # [B, T, heads, D]
-    return out.flatten(0, 1).index_select(0, places)[None], None
+    if query.device.type == "cpu":  # its kernel is ten times slower in bfloat16, backward
+        unpacked = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in unpacked]
+    with torch.autocast("cpu", enabled=False):
+        out, _ = plain_attention(module, *unpacked, None, **options)              # [B, T, heads, D]
+    return out.to(value.dtype).flatten(0, 1).index_select(0, places)[None], None
 
 plain_attention = transformers.AttentionInterface()["sdpa"]
 transformers.AttentionInterface.register("sdpa", attend)  # for all models of this process

@@ -460,16 +460,16 @@ def spread(values: pandas.Series) -> str:
     """Median (least to most), for what is two heaps: seeds that learn, and seeds that do not."""
     return f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})"
 
-def grid_tables() -> str:
+def grid_tables(part: str = "grid") -> str:
     """Accuracy in range at the end, by learning rate, of which the best is chosen; and speed."""
     cells = {lr: runs.groupby("method", sort=False).apply(
         lambda group: f"{group['in range'].mean():.3f}; {until(group)}")
-        for lr, runs in frame("grid").groupby("lr", sort=False)}
+        for lr, runs in frame(part).groupby("lr", sort=False)}
     return table(pandas.DataFrame(cells))
 
-def main_tables() -> str:
-    """Nine methods: what they reach, how soon, and at what cost; and differences by seed."""
-    found = frame("main")
+def main_tables(part: str = "main") -> str:
+    """Methods: what they reach, how soon, and at what cost; and differences by seed."""
+    found = frame(part)
     groups = found.groupby("method", sort=False)
     columns = {
         "learning rate": groups.lr.first(),
@@ -483,10 +483,11 @@ def main_tables() -> str:
         "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
         "seconds": groups.seconds.agg(interval, digits=0)}
     rows = pandas.DataFrame(columns).T
-    before = pandas.DataFrame([dict(zip(SETS, line["before"])) for line in read("starts")
-                               if "base-worked" not in line["flags"]["of"]])
-    rows.insert(0, "base", [interval(before[name]) if name in before else ""
-                            for name in rows.index])
+    if part == "main":
+        before = pandas.DataFrame([dict(zip(SETS, line["before"])) for line in read("starts")
+                                   if "base-worked" not in line["flags"]["of"]])
+        rows.insert(0, "base", [interval(before[name]) if name in before else ""
+                                for name in rows.index])
     return f"{table(rows)}\n\nTRAPO less the other, paired by seed:\n\n{table(paired(found))}"
 
 def paired(found: pandas.DataFrame) -> pandas.DataFrame:
@@ -569,9 +570,44 @@ def reach_tables() -> str:
         parts.append(f"{title}:\n\n{table(cells)}")
     return "\n\n".join(parts)
 
+def legs_frame() -> pandas.DataFrame:
+    """The pretrained model's runs, one a row."""
+    sets = ("held-out pairs", "held-out pairs, greedy", "new animals", "new animals, greedy")
+    rows = []
+    for line in read("legs"):
+        flags, (before, after) = line["flags"], line["of base's answers"]
+        name = NAMES[flags["method"]]
+        if "after" in flags:
+            name = f"SFT, then {name} (20 + 30 steps)"
+        elif flags["method"] == "sft":
+            name = f"SFT, {flags.get('prompts', 4)} solutions a step"
+        rows.append({"method": name, **flags, **line, **dict(zip(sets, line["accuracy"])),
+                     "log-prob of the base's answers": after - before})
+    return pandas.DataFrame(rows)
+
+def legs_tables() -> str:
+    """The pretrained model: what the methods reach, at what cost, and what is lost; by seed."""
+    found = legs_frame()
+    groups, most = found.groupby("method", sort=False), found.assign(all_steps=40)
+    columns = {
+        "learning rate": groups.lr.first(), "seeds": groups.size(),
+        **{name: groups[name].agg(interval) for name in found if name.startswith(("held", "new"))},
+        f"steps until {HALF}": most.groupby("method", sort=False).apply(until),
+        "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
+        "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
+        "minutes": groups.seconds.agg(interval, digits=0, scale=1 / 60),
+        "log-prob of the base's answers": groups["log-prob of the base's answers"].agg(interval)}
+    less = {}
+    for name in ("held-out pairs", "held-out pairs, greedy", "new animals, greedy"):
+        wide = found.pivot(index="seed", columns="method", values=name)
+        less[name] = (-wide.sub(wide["TRAPO"], axis=0)).drop(columns="TRAPO").agg(interval)
+    return (f"{table(pandas.DataFrame(columns).T)}\n\nTRAPO less the other, paired by seed:\n\n"
+            f"{table(pandas.DataFrame(less))}")
+
 TABLES = {"grid": grid_tables, "main": main_tables, "rates": rates_tables, "map": map_tables,
           "alpha": alpha_tables, "expert": expert_tables, "trsft": trsft_tables,
-          "reach": reach_tables}
+          "reach": reach_tables, "field grid": functools.partial(grid_tables, "field grid"),
+          "field": functools.partial(main_tables, "field"), "legs": legs_tables}
 
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
@@ -695,6 +731,25 @@ def draw_alphas():
         axis.grid(alpha=0.3)
     return figure
 
+def draw_legs():
+    """Reward alone over rollouts and solutions so far: thin lines are seeds, the thick one their
+    mean."""
+    figure, found = new_figure(7, 3), legs_frame()
+    axis = figure.add_subplot(ylim=(0, 1), xlabel="rollouts and expert solutions so far",
+                              ylabel="reward alone")
+    for method, runs in found.groupby("method", sort=False):
+        if method.startswith("SFT, ") and "then" not in method:
+            continue  # no rollouts
+        curves = pandas.DataFrame([pandas.Series(reward) for reward in runs.reward]).T / 100
+        before = 16 * runs["first"].iloc[0]  # solutions
+        places = [before + 32 * (4 * i + 2) for i in curves.index]
+        colour = colour_of(method)
+        axis.plot(places, curves, c=colour, lw=0.6, alpha=0.5)
+        axis.plot(places, curves.mean(axis=1), c=colour, lw=2.4, label=method)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
 def draw_losses():
     """What a token of probability p weighs on grad log p in each prefix loss, by autograd."""
     figure = new_figure(7, 3)
@@ -716,7 +771,7 @@ def draw_losses():
     return figure
 
 FIGURES = {"main": draw_dots, "curves": draw_curves, "map": draw_map, "alpha": draw_alphas,
-           "losses": draw_losses}
+           "losses": draw_losses, "legs": draw_legs}
 
 def main() -> None:
     """The command line."""
