@@ -253,7 +253,7 @@ def model_of(flags: dict) -> Path:
         if not (out / "model").exists():
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
             usual = legs.DEFAULTS if "legs" in flags else clock.DEFAULTS | {"eval_every": 40}
-            call(out, ["trapo.py"], usual | {
+            call(out, ["trapo.py"] + ["--bf16"] * ("legs" in flags), usual | {
                 "model": start, "dataset": rows, "test": world / "test.jsonl", "out": out,
                 "save_every": 1000,
                 **{key: value for key, value in flags.items() if key not in OURS}})
