@@ -174,8 +174,9 @@ def legs_methods(seed: int, methods: tuple[str, ...]) -> Iterator[dict]:
                "after": on_legs("sft", seed, prompts=16, steps=20)}
 
 def legs_comparison() -> Iterator[dict]:
-    """TRAPO, its baselines, and rivals, three seeds."""
+    """The base, TRAPO, its baselines, and rivals, three seeds."""
     for seed in (1, 2, 3):
+        yield {"measure": "legs of its base", "of": on_legs("trapo", seed)}
         yield from legs_methods(seed, ("trapo", "grpo", "sft"))
     for seed in (1, 2, 3):
         yield from legs_methods(seed, ("luffy", "micro", "pope", "hpt"))
@@ -252,7 +253,7 @@ def model_of(flags: dict) -> Path:
     with locked(out):
         if not (out / "model").exists():
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-            usual = legs.DEFAULTS if "legs" in flags else clock.DEFAULTS | {"eval_every": 40}
+            usual = (legs if "legs" in flags else clock).DEFAULTS | {"eval_every": 40}
             call(out, ["trapo.py"] + ["--bf16"] * ("legs" in flags), usual | {
                 "model": start, "dataset": rows, "test": world / "test.jsonl", "out": out,
                 "save_every": 1000,
@@ -277,19 +278,19 @@ def run(flags: dict) -> bool:
 def result_of(flags: dict) -> dict:
     """What a run came to; or a measure of its model, or of its base."""
     what, asked = flags.get("measure"), flags.get("of", flags)
-    of_base = what in ("start", "reach of its base")
+    of_base = what in ("start", "reach of its base", "legs of its base")
     model = world_of(asked) / "model" if of_base else model_of(asked)
     policy, tokenizer = trapo.load_policy(str(model))
     if what == "start":
         return {"start": round(chance_to_start(policy, tokenizer, asked["seed"]), 6),
                 "before": accuracies(policy, tokenizer, asked["seed"])}
-    if what:
-        return reach(policy, tokenizer, asked["seed"])
     stages = [asked["after"], asked] if "after" in asked else [asked]
     if "legs" in asked:
         return {"accuracy": counts_of_legs(policy, tokenizer, asked["seed"]),
-                "of base's answers": of_bases_answers(policy, tokenizer, world_of(asked) / "model"),
-                **summary(stages)}
+                "of base's answers": of_bases_answers(policy, tokenizer, world_of(asked)),
+                **({} if what else summary(stages))}
+    if what:
+        return reach(policy, tokenizer, asked["seed"])
     return {"accuracy": accuracies(policy, tokenizer, asked["seed"]), **summary(stages)}
 
 def version() -> str:
@@ -350,6 +351,7 @@ def accuracies(policy: torch.nn.Module, tokenizer, seed: int) -> list[float]:
 def counts_of_legs(policy: torch.nn.Module, tokenizer, seed: int) -> list[float]:
     """Accuracies on held-out pairs, and on new animals: three samples a question, and greedy."""
     sets, found = legs.make_rows(seed, 1), []
+    policy = trapo.make_sampler(policy, trapo.Settings(device="cpu", bf16=True))
     for name, (temperature, times) in itertools.product(("test", "new"), ((1, 3), (0, 1))):
         responses = respond(policy, tokenizer, sets[name] * times, seed, temperature,
                             legs.DEFAULTS["max_response"])
@@ -364,22 +366,22 @@ ASKED = ("What is a {}?", "Write one sentence about a {}.", "Why do people like 
          "Tell me something about a {} and a friend.")
 
 @torch.no_grad()
-def of_bases_answers(policy: torch.nn.Module, tokenizer, base: Path) -> list[float]:
-    """Mean log-prob, in nats, that the base and the policy give to a token of what the base answers
-    greedily (up to 40 tokens) to 200 questions about other things."""
-    requests = [tokenizer(trapo.render(tokenizer, [{"role": "user", "content": text.format(thing)}],
-                                       add_generation_prompt=True)).input_ids
-                for thing in THINGS for text in ASKED]
-    before, _ = trapo.load_policy(str(base))
-    answers, _ = trapo.sample(before, requests, [40] * len(requests), 0.0)
-    found = []
-    for model in before, policy:
-        values = []
-        for some in (slice(i, i + 20) for i in range(0, len(requests), 20)):
-            sequences = [q + a for q, a in zip(requests[some], answers[some])]
-            values += trapo.token_logprobs(model, sequences, list(map(len, requests[some])))[0]
-        found.append(round(torch.cat(values).mean().item(), 4))
-    return found
+def of_bases_answers(policy: torch.nn.Module, tokenizer, world: Path) -> float:
+    """Mean log-prob, in nats, that the policy gives to a token of what the base answers greedily
+    (up to 24 tokens) to 200 questions about other things; with the base, the file is made."""
+    path = world / "answers.json"
+    if not path.exists():
+        requests = [tokenizer(trapo.render(tokenizer, [{
+            "role": "user", "content": text.format(thing)}], add_generation_prompt=True)).input_ids
+            for thing in THINGS for text in ASKED]
+        base, _ = trapo.load_policy(str(world / "model"))
+        answers, _ = trapo.sample(base, requests, [24] * len(requests), 0.0)
+        path.write_text(json.dumps(list(zip(requests, answers))))
+    values, pairs = [], json.loads(path.read_text())
+    for some in (pairs[i:i + 20] for i in range(0, len(pairs), 20)):
+        values += trapo.token_logprobs(policy, [request + answer for request, answer in some],
+                                       [len(request) for request, _ in some])[0]
+    return round(torch.cat(values).mean().item(), 4)
 
 def reach(policy: torch.nn.Module, tokenizer, seed: int) -> dict:
     """pass@k: of any right response, and of those that do more than blurt."""
@@ -575,14 +577,16 @@ def legs_frame() -> pandas.DataFrame:
     sets = ("held-out pairs", "held-out pairs, greedy", "new animals", "new animals, greedy")
     rows = []
     for line in read("legs"):
-        flags, (before, after) = line["flags"], line["of base's answers"]
+        flags = line["flags"].get("of", line["flags"])
         name = NAMES[flags["method"]]
-        if "after" in flags:
-            name = f"SFT, then {name} (20 + 30 steps)"
+        if "measure" in line["flags"]:
+            name, flags = "base", {"seed": flags["seed"]}
+        elif "after" in flags:
+            name = f"SFT, then {name} (20 + 30)"
         elif flags["method"] == "sft":
-            name = f"SFT, {flags.get('prompts', 4)} solutions a step"
-        rows.append({"method": name, **flags, **line, **dict(zip(sets, line["accuracy"])),
-                     "log-prob of the base's answers": after - before})
+            name = f"SFT ({flags.get('prompts', 4)} a step)"
+        rows.append({"reward": [], **flags, **line, **dict(zip(sets, line["accuracy"])),
+                     "method": name, "log-prob of the base's answers": line["of base's answers"]})
     return pandas.DataFrame(rows)
 
 def legs_tables() -> str:
@@ -600,7 +604,8 @@ def legs_tables() -> str:
     less = {}
     for name in ("held-out pairs", "held-out pairs, greedy", "new animals, greedy"):
         wide = found.pivot(index="seed", columns="method", values=name)
-        less[name] = (-wide.sub(wide["TRAPO"], axis=0)).drop(columns="TRAPO").agg(interval)
+        wide = -wide.sub(wide["TRAPO"], axis=0)
+        less[name] = wide.drop(columns=["TRAPO", "base"]).agg(interval)
     return (f"{table(pandas.DataFrame(columns).T)}\n\nTRAPO less the other, paired by seed:\n\n"
             f"{table(pandas.DataFrame(less))}")
 
@@ -738,8 +743,8 @@ def draw_legs():
     axis = figure.add_subplot(ylim=(0, 1), xlabel="rollouts and expert solutions so far",
                               ylabel="reward alone")
     for method, runs in found.groupby("method", sort=False):
-        if method.startswith("SFT, ") and "then" not in method:
-            continue  # no rollouts
+        if not runs.reward.map(bool).any():
+            continue  # no rollouts of its own
         curves = pandas.DataFrame([pandas.Series(reward) for reward in runs.reward]).T / 100
         before = 16 * runs["first"].iloc[0]  # solutions
         places = [before + 32 * (4 * i + 2) for i in curves.index]
