@@ -4,10 +4,10 @@ Post-training usually runs SFT on expert solutions and then RL. TRAPO does both 
 training instance. The policy first tries a problem alone; where it does badly, it is given the
 beginning of an expert solution and continues from there.
 
-Below is one group of eight rollouts, drawn in step 21 of `python trapo.py` on one machine; such a
-group is printed at every evaluation. A clock of 24 hours shows 12 and is moved five times, on lines
-named g to k: where does it end? The answer is the last number, after `#`. [ ] holds the expert's
-tokens, asides (now, think) and a slip (oops) among them; A is the advantage:
+Below is one group of eight rollouts, from the end of `python trapo.py --steps 21` on one machine. A
+clock of 24 hours shows 12 and is moved five times, on lines named g to k: where does it end? The
+answer is the last number, after `#`. [ ] holds the expert's tokens, asides (now, think) and a slip
+(oops) among them; A is the advantage:
 
 prompt: f 12 g +4 h -9 i -7 j -6 k +1 ?
   micro-group 1: mean reward so far 0.00 >= -1: no help
@@ -76,14 +76,14 @@ WHOLE = {"sizes": [7, 1], "ratios": [0.0, 1.0], "thresholds": [-1.0, ALWAYS]}
 @dataclass
 class Recipe:
     """Defaults suit a small model on GSM8K; the paper's value is in parentheses."""
-    method: str = setting("trapo", "preset of the settings below, but alpha", group="method")
+    method: str = setting("trapo", "preset of sizes to baseline", group="method")
     sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
     ratios: list[float | str] = setting(MICRO["ratios"], "share of the solution given, or low:high")
     thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean reward is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     prefix_weight: float = setting(1.0, "weight of the loss on the expert's tokens")
     anneal: int = setting(0, "let ratios and prefix weight fall to 0 by this step; 0: never")
-    baseline: str = setting("group", "whose mean reward the advantage is against")
+    baseline: str = setting("group", "advantages are against the group's mean or the micro-group's")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)", "optimisation")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
@@ -109,12 +109,12 @@ METHODS = {  # a method is four settings, a rival's some more
     "grpo": {"sizes": [8], "ratios": [0.0], "thresholds": [-1.0], "prefix_loss": "none"},
     "luffy": WHOLE | {"prefix_loss": "luffy"},
     "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
-    # Rivals, and how their rows differ from them. HPT (arXiv 2509.04419): seven tries, not eight.
+    # Rivals, and where a row departs from its paper. HPT (arXiv 2509.04419): 7 tries, not 8.
     "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
     # POPE (2601.18779), PrefixRL (2601.18795): all problems get hints, not the hard ones alone.
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
-    # UFT (2505.16984): shares are uniform, not binomial; their mean is .75 at first, not .95.
+    # UFT (2505.16984): shares are uniform (mean .75), not binomial (.95); anneals in 120 of 200.
     "uft": {"sizes": [8], "ratios": ["0.5:1"], "thresholds": [ALWAYS], "prefix_loss": "sft",
             "prefix_weight": 0.001, "anneal": 120},
     # CHORD-phi (2508.11408): SFT on the same problems. GHPO (2507.10628): more tries if no hint.
@@ -146,7 +146,7 @@ def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
         L(p) = -log p                       if p >= alpha   (inside the trust region: SFT)
              = 1 - log(alpha) - p / alpha   if p <  alpha   (outside)
 
-    The two pieces meet at p = alpha. alpha = 0 is SFT; outside [0, 1] raises ValueError.
+    The two pieces meet at p = alpha. alpha = 0 is SFT; one outside [0, 1] is a ValueError.
     From log p of the expert's tokens (nats, any shape) to losses, same shape and dtype.
     """
     if not 0 <= alpha <= 1:
@@ -256,7 +256,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 
     Args: problems: a guided micro-group picks one of a problem's solutions.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
-        reward: of a response, prefix and completion together, in [0, 1].
+        reward: of a response, prefix and completion together, in [0, 1] as the thresholds.
         rng: picks solutions, and shares.   max_response: tokens, prefix and completion together.
         speculate: draw all that may be needed in one call of generate; the same distribution.
     """
@@ -337,7 +337,7 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
 # ==== Part 4. The update. The loss of a batch of rollouts is
 #
 #     ( sum over completion tokens of the policy-gradient loss
-#     + sum over prefix tokens of the prefix loss )  /  (number of rollouts * max response tokens)
+#     + prefix weight * sum over prefix tokens of the prefix loss )  /  (rollouts * max response)
 #
 # The divisor is a constant (Dr. GRPO): dividing by each response's own length would go easy on long
 # wrong answers. It also makes the gradient a plain sum, so neither the cut into micro-batches, nor
@@ -402,10 +402,10 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     generate, reward, spent = metered(sampler, task, args)  # spent: their seconds and tokens
     groups = sample_groups(problems, args.schedule, generate, reward, rng,
                            max_response=args.max_response, speculate=args.speculate)
-    if args.baseline == "context":  # rollouts are compared with those of their micro-group alone
-        compared = [[r for r in group if r.micro_group == m]
-                    for group in groups for m in range(len(args.schedule))]
-    for rollouts in groups if args.baseline == "group" else compared:
+    peers = groups if args.baseline == "group" else [  # a micro-group's rollouts begin alike
+        [r for r in group if r.micro_group == m]
+        for group in groups for m in range(len(args.schedule))]
+    for rollouts in peers:
         advantages = group_advantages(torch.tensor([float(r.reward) for r in rollouts]))
         for r, advantage in zip(rollouts, advantages.tolist()):
             r.advantage = advantage
@@ -938,7 +938,7 @@ def make_task(tokenizer, args: "Settings") -> Task:
     for row in rows + test:
         digest.update(repr(row).encode())
 
-    def reward(problem: Problem, response: Tokens) -> float:
+    def reward(problem: Problem, response: Tokens) -> float:  # change me, within [0, 1]
         return grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)[0]
     return Task(train, heldout, reward, digest.hexdigest()[:16])
 
@@ -1193,7 +1193,7 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "logprob_gap": mean(abs(x - y) for r in trained for x, y in zip(
             r.logprobs[len(r.prefix):], r.sampler_logprobs)),
         "prefix_p": mean(p), "prefix_outside_share": mean(x < args.alpha for x in p),
-        "prefix_weight": mean(min(x / max(args.alpha, 1e-300), 1) for x in p),  # TrSFT's
+        "trsft_weight": mean(min(x / max(args.alpha, 1e-300), 1) for x in p),
         "tokens_generated": sum(gather(spent["tokens"])),
         "tokens_trained": sum(len(r.logprobs) for r in trained),
         "rollouts_skipped": len(rollouts) - len(trained),
