@@ -440,7 +440,7 @@ def test_each_guided_micro_group_picks_one_of_several_solutions():
     assert picks == set(product((20, 30), repeat=3))
 
 def test_a_share_may_be_a_range_and_only_ranges_draw_random_numbers():
-    """Uniform, one draw a micro-group, with the picks: what follows a fixed share is as before."""
+    """Uniform, one draw a micro-group, with the picks; what follows a fixed share is as before."""
     lengths, problem = Counter(), Problem([5], [list(range(100)), list(range(100))], "")
     rng, plain = random.Random(0), random.Random(0)
     for _ in range(4000):
@@ -1945,9 +1945,8 @@ def test_methods_are_named_as_a_person_says_them(capsys):
     runs = [write_run(method, method) for method in METHODS]
     runs.append(write_run("half", "grpo", model="runs/sft/checkpoint-5"))
     names = compared(capsys, *runs)
-    assert names == [f"{name} (1)" for name in (
-        "TRAPO", "micro-groups alone", "naive SFT mix", "micro-groups, LUFFY's loss", "GRPO",
-        "LUFFY", "SFT", "fixed prefixes", "HPT", "POPE", "UFT", "CHORD", "GHPO", "SFT, then GRPO")]
+    assert names == [f"{evaluation.NAMES[method]} (1)" for method in METHODS] + [
+        "SFT, then GRPO (1)"]
     assert len({evaluation.COLOURS[name.removesuffix(" (1)")] for name in names}) == 14
     one = write_run("one", thresholds=[-1, 0.5, 0.7, 0.9], max_grad_norm=1)  # -1 is -1.0
     two = write_run("two", seed=1, bf16=True, micro_tokens=9, save_every=3)  # these are no method's

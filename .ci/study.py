@@ -33,7 +33,7 @@ MANY, FEW = range(11, 19), range(11, 15)  # seeds
 SHARES = (0, 0.0005, 0.001, 0.002, 0.005, 0.02)
 ALPHAS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 SAMPLES, REACHES = 64, (1, 2, 4, 8, 16, 32, 64)  # pass@k of 128 problems
-OURS = ("after", "base-worked", "expert", "legs")  # flags that are not trapo.py's
+OURS = ("after", "base-worked", "expert", "legs", "again")  # flags that are not trapo.py's
 
 # ==== What is asked: dictionaries of trapo.py's flags. "base-worked" is clock.py's --worked,
 # "expert" another teacher, "after" holds the flags of the run before, and "legs" says that it is
@@ -138,9 +138,11 @@ def rivals(seed: int, lr: float | None = None) -> Iterator[dict]:
 
 def field_grid() -> Iterator[dict]:
     """Their learning rates, on the grid's seeds: the two that were best for all with rollouts, but
-    the naive mix."""
+    the naive mix. TRAPO again, as bases of one seed differ between machines."""
     for seed, lr in itertools.product((1, 2, 3), GRID[2:]):
         yield from rivals(seed, lr)
+    for seed, lr in itertools.product((1, 2, 3), GRID[2:]):
+        yield flags_of("trapo", seed, lr=lr, again=1)
 
 @functools.cache
 def rival_rate(name: str) -> float:
@@ -306,7 +308,8 @@ def summary(stages: list[dict]) -> dict:
              for line in (folder_of(flags) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["step"]]
     rewards = [line["reward_unguided"] for line in steps]
-    first = sum(reward is None for reward in rewards)  # steps of SFT, which has no such rollouts
+    # After the last step without: SFT has no such rollouts, nor UFT before its shares are near 0.
+    first = max((i for i, reward in enumerate(rewards, 1) if reward is None), default=0)
     size = 4 if "legs" in stages[-1] else 10
     means = [sum(rewards[i - 5:i]) / 5 for i in range(first + 5, len(steps) + 1)]
     half = next((i for i, mean in enumerate(means, first + 5) if mean >= HALF), None)
@@ -617,8 +620,9 @@ TABLES = {"grid": grid_tables, "main": main_tables, "rates": rates_tables, "map"
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- part -->` and `<!-- end -->` made anew."""
     for part, tables in TABLES.items():
+        text = tables() if read(part) else "Not measured yet."
         page, count = re.subn(rf"(?s)(<!-- {part} -->\n\n).*?(\n\n<!-- end -->)",
-                              lambda found: found[1] + tables() + found[2], page)
+                              lambda found: found[1] + text + found[2], page)
         assert count == 1, f"the page has no place for {part}"
     return page
 
