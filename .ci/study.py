@@ -592,25 +592,32 @@ def legs_frame() -> pandas.DataFrame:
                      "method": name, "log-prob of the base's answers": line["of base's answers"]})
     return pandas.DataFrame(rows)
 
+def few(values: pandas.Series, digits: int = 2, scale: float = 1) -> str:
+    """The interval of three or more seeds, else each seed's value."""
+    values = values.dropna() * scale
+    if len(values) > 2:
+        return interval(values, digits)
+    return ", ".join(f"{value:.{digits}f}" for value in values) or "-"
+
 def legs_tables() -> str:
     """The pretrained model: what the methods reach, at what cost, and what is lost; by seed."""
     found = legs_frame()
     groups, most = found.groupby("method", sort=False), found.assign(all_steps=40)
     columns = {
         "learning rate": groups.lr.first(), "seeds": groups.size(),
-        **{name: groups[name].agg(interval) for name in found if name.startswith(("held", "new"))},
+        **{name: groups[name].agg(few) for name in found if name.startswith(("held", "new"))},
         f"steps until {HALF}": most.groupby("method", sort=False).apply(until),
-        "generated, k": groups.tokens.agg(interval, digits=0, scale=1e-3),
-        "trained, k": groups.trained.agg(interval, digits=0, scale=1e-3),
-        "minutes": groups.seconds.agg(interval, digits=0, scale=1 / 60),
-        "log-prob of the base's answers": groups["log-prob of the base's answers"].agg(interval)}
+        "generated, k": groups.tokens.agg(few, digits=0, scale=1e-3),
+        "trained, k": groups.trained.agg(few, digits=0, scale=1e-3),
+        "minutes": groups.seconds.agg(few, digits=0, scale=1 / 60),
+        "log-prob of the base's answers": groups["log-prob of the base's answers"].agg(few)}
     less = {}
-    for name in ("held-out pairs", "held-out pairs, greedy", "new animals, greedy"):
+    for name in ("held-out pairs", "held-out pairs, greedy", "new animals", "new animals, greedy"):
         wide = found.pivot(index="seed", columns="method", values=name)
-        wide = -wide.sub(wide["TRAPO"], axis=0)
-        less[name] = wide.drop(columns=["TRAPO", "base"]).agg(interval)
-    return (f"{table(pandas.DataFrame(columns).T)}\n\nTRAPO less the other, paired by seed:\n\n"
-            f"{table(pandas.DataFrame(less))}")
+        others = [method for method in groups.groups if method not in ("base", "TRAPO")]
+        less[name] = (-wide.sub(wide["TRAPO"], axis=0))[others].agg(few)
+    rows = pandas.DataFrame(columns).T.fillna("")
+    return f"{table(rows)}\n\nTRAPO less the other:\n\n{table(pandas.DataFrame(less))}"
 
 TABLES = {"grid": grid_tables, "main": main_tables, "rates": rates_tables, "map": map_tables,
           "alpha": alpha_tables, "expert": expert_tables, "trsft": trsft_tables,
