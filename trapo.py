@@ -625,11 +625,11 @@ def draw_ahead(problems: list[Problem], picks: list[list[tuple[Tokens | None, To
     """
     branches = []  # (request, limit)
     for problem, picked in zip(problems, picks):
-        for m, (micro_group, (solution, help)) in enumerate(zip(schedule, picked)):
+        for m, (micro_group, (solution, cut)) in enumerate(zip(schedule, picked)):
             # Rewards lie in [0, 1], so the two extremes show what may be decided.
             extremes = [[0.0], [1.0]] if m else [[]]
             for guided in {solution is not None and is_guided(x, micro_group) for x in extremes}:
-                prefix = help if guided else []
+                prefix = cut if guided else []
                 if prefix != solution:
                     branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
                     branches += [branch] * micro_group.size
