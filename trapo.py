@@ -256,7 +256,7 @@ def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
 
     Args: problems: a guided micro-group picks one of a problem's solutions.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
-        reward: of a response, prefix and completion together, in [0, 1] as the thresholds.
+        reward: of a response, prefix and completion together, in [0, 1], as thresholds assume.
         rng: picks solutions, and shares.   max_response: tokens, prefix and completion together.
         speculate: draw all that may be needed in one call of generate; the same distribution.
     """
@@ -1025,7 +1025,7 @@ def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
 
 @torch.no_grad()
 def refresh(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights into the sampler (if it is a copy: Part 8), one by one."""
+    """Copy the policy's weights into the sampler, if it is a copy, one by one."""
     for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
         if old is not new:
             old.copy_(unsharded(new))
