@@ -588,30 +588,19 @@ class DecodeBatch:
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """[B, V] logits and [B] random numbers in [0, 1) -> [B] tokens and their log-probs.
 
-    Inverts the cumulative distribution: of blocks of the vocabulary, then within the block that was
-    hit. The sums are float64: float32 would round away the tail of a vocabulary of 150 000.
-    Temperature 0 takes the most likely token.
+    Inverts the cumulative distribution, whose sums are float64: float32 would round away the tail
+    of a vocabulary of 150 000. Temperature 0 takes the most likely token.
     """
     if temperature not in (0, 1):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     top, token = logits.max(-1, keepdim=True)                                     # [B, 1]
     weights = (logits - top.float()).exp()  # float32 if they are bf16
-    size = min(128, logits.shape[1])
-    if missing := -logits.shape[1] % size:  # Qwen's 151 936 tokens are 1187 blocks of 128
-        weights = nn.functional.pad(weights, (0, missing))
-    blocks = weights.unflatten(1, (-1, size))                                     # [B, N, size]
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                   # [B, N]
+    cumulative = weights.cumsum(-1, dtype=torch.float64)                          # [B, V]
     last = cumulative[:, -1:]
     if temperature:
-        target = uniforms[:, None] * last
-        block = torch.searchsorted(cumulative, target, right=True).clamp(max=blocks.shape[1] - 1)
-        inside = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]    # [B, size]
-        inside = inside.double().cumsum(-1)
-        rest = target - nn.functional.pad(cumulative, (1, 0)).gather(1, block)
-        # Rounding may not carry it past the block's last token of a weight above zero.
-        rest = torch.minimum(rest, inside[:, -1:].nextafter(torch.zeros_like(rest)))
-        token = block * size + torch.searchsorted(inside, rest, right=True)
-        token = token.clamp(max=logits.shape[1] - 1)
+        # Rounding may not carry it past the last token of a weight above zero.
+        target = torch.minimum(uniforms[:, None] * last, last.nextafter(torch.zeros_like(last)))
+        token = torch.searchsorted(cumulative, target, right=True)
     logprobs = logits.gather(1, token) - top.float() - last.log()
     return token[:, 0], logprobs[:, 0]
 
