@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas
 import torch
+import transformers
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / ".ci")]
@@ -33,7 +34,7 @@ MANY, FEW = range(11, 19), range(11, 15)  # seeds
 SHARES = (0, 0.0005, 0.001, 0.002, 0.005, 0.02)
 ALPHAS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 SAMPLES, REACHES = 64, (1, 2, 4, 8, 16, 32, 64)  # pass@k of 128 problems
-OURS = ("after", "base-worked", "expert", "legs", "again")  # flags that are not trapo.py's
+OURS = ("after", "base-worked", "expert", "legs", "again", "random")  # flags that are not trapo.py's
 
 # ==== What is asked: dictionaries of trapo.py's flags. "base-worked" is clock.py's --worked,
 # "expert" another teacher, "after" holds the flags of the run before, and "legs" says that it is
@@ -176,12 +177,14 @@ def legs_methods(seed: int, methods: tuple[str, ...]) -> Iterator[dict]:
                "after": on_legs("sft", seed, prompts=16, steps=20)}
 
 def legs_comparison() -> Iterator[dict]:
-    """The base, TRAPO, its baselines, and rivals, three seeds."""
+    """The base, TRAPO, its baselines, and rivals, three seeds; and SFT of random weights."""
     for seed in (1, 2, 3):
         yield {"measure": "legs of its base", "of": on_legs("trapo", seed)}
         yield from legs_methods(seed, ("trapo", "grpo", "sft"))
     for seed in (1, 2, 3):
         yield from legs_methods(seed, ("luffy", "micro", "pope", "hpt"))
+    for lr in (LEGS_RATES["sft"], 1e-3):  # does it need what the model was trained on before?
+        yield on_legs("sft", 1, lr, prompts=32, random=1)
 
 PARTS = {"grid": grid, "main": main_comparison, "map": share_map, "alpha": alphas,
          "expert": experts, "trsft": trsft_alone, "starts": starts, "reach": reaches,
@@ -243,11 +246,23 @@ def world_of(flags: dict) -> Path:
             call(world, [f".ci/{world.name.split('-')[0]}.py", world], asked)
     return world
 
+def with_random_weights(model: Path) -> Path:
+    """A model of the same shape, made now unless it was."""
+    folder = model.with_name("random")
+    if not folder.exists():
+        config = transformers.AutoConfig.from_pretrained(model)
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
 def model_of(flags: dict) -> Path:
     """The model that a run made, after the run before it; trained now unless it was."""
     world, out = world_of(flags), folder_of(flags)
     start = model_of(flags["after"]) if "after" in flags else world / "model"
     rows = world / "train.jsonl"
+    if "random" in flags:
+        start = with_random_weights(start)
     if "expert" in flags:
         rows = Path(f"{out}.jsonl")
         clock.write_rows(rows, [{**row, "solution": solve(row["problem"], flags["expert"])}
@@ -588,6 +603,8 @@ def legs_frame() -> pandas.DataFrame:
             name = f"SFT, then {name} (20 + 30)"
         elif flags["method"] == "sft":
             name = f"SFT ({flags.get('prompts', 4)} a step)"
+        if "random" in flags:
+            name += f", random weights, {flags['lr']:g}"
         rows.append({"reward": [], **flags, **line, **dict(zip(sets, line["accuracy"])),
                      "method": name, "log-prob of the base's answers": line["of base's answers"]})
     return pandas.DataFrame(rows)
