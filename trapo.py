@@ -36,7 +36,7 @@ What this file leaves out of GRPO, and why:
 
 Words: a *rollout* is one response to a prompt: an expert *prefix* (mostly empty), continued by the
 policy's *completion*. A prompt's rollouts are its *group*, drawn in *micro-groups*. A *reward* (the
-paper's return) is 1 if the answer is right, else 0; an *advantage* is it minus the group's mean.
+paper's return) is 1 if the answer is right, else 0; an *advantage* is that less the group's mean.
 
     python trapo.py                                     the embedded experiment: CPU, offline
     python trapo.py --model Qwen2.5-0.5B-Instruct       the same loop on GSM8K, on one GPU
@@ -76,7 +76,7 @@ WHOLE = {"sizes": [7, 1], "ratios": [0.0, 1.0], "thresholds": [-1.0, ALWAYS]}
 @dataclass
 class Recipe:
     """Defaults suit a small model on GSM8K; the paper's value is in parentheses."""
-    method: str = setting("trapo", "preset of sizes to baseline", group="method")
+    method: str = setting("trapo", "preset of the seven settings below", group="method")
     sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
     ratios: list[float | str] = setting(MICRO["ratios"], "share of the solution given, or low:high")
     thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean reward is below")
@@ -138,8 +138,8 @@ METHODS = {  # a method is four settings, a rival's some more
 #      .001                            1        .01                 1.01
 #
 # TrSFT's optimum drops the expert's rare tokens and renormalises the main modes (Proposition 1): it
-# is mode-seeking, where SFT is mode-covering. So it cannot teach a form that the policy finds very
-# unlikely: at p = .0001 its weight is a thousandth. (alpha = 1 is DFT, arXiv 2508.05629.)
+# is mode-seeking, where SFT is mode-covering. So it teaches a form that the policy finds very
+# unlikely slowly: at p = .0001 its weight is a thousandth. (alpha = 1 is DFT, arXiv 2508.05629.)
 def trsft_loss(logprobs: Tensor, alpha: float) -> Tensor:
     """Trust-Region SFT, Eq. 3:  grad L = -min(p / alpha, 1) grad log p = -grad p / max(p, alpha).
 
@@ -381,7 +381,7 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
 # Everything random comes from generators seeded with (seed, step, process), the order of the data
 # with the seed. So weights, optimizer state and the number of steps are a run's whole state, and a
 # run that is stopped and resumed equals one that never stopped: bit for bit, on a CPU and with as
-# many processes. (This is process RANK of WORLD: 0 of 1, but under torchrun.)
+# many processes. (This is process RANK of WORLD: 0 of 1, except under torchrun.)
 def annealed(args: "Settings", step: int) -> "Settings":
     """The settings of a step: with --anneal N ratios and prefix weight are multiplied by
     (1 + cos(pi step / N)) / 2, a cosine from 1 to 0, and are 0 from step N on."""
@@ -1169,7 +1169,7 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
     return {
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
         "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
-        "reward_guided": mean(r.reward for r in rollouts if r.prefix),
+        "reward_guided": mean(r.reward for r in completed if r.prefix),
         "mixed": mean(r.advantage != 0 for r in rollouts),  # in groups of right and wrong ones
         "guided": mean(bool(r.prefix) for r in rollouts),
         **{f"guided_{m + 1}": mean(bool(r.prefix) for r in rollouts if r.micro_group == m)
@@ -1244,8 +1244,8 @@ def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
     sign = "<" if guided else ">="
     return f"mean reward so far {average:.2f} {sign} {micro_group.threshold:g}: {given}"
 
-# ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json,
-# the method's preset > defaults.
+# ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json
+# > the method's preset > defaults.
 @dataclass
 class Settings(Recipe):
     """The recipe, its data, and how and where it is computed."""
