@@ -1253,7 +1253,8 @@ def test_the_real_path_trains_a_qwen_instruct_that_plain_transformers_loads(name
           "--lr", "1e-3", "--device", "cpu"])
     _, first, second = metrics_of("run")
     assert first["guided"] == second["guided"] == 0.5  # a random policy needs all the help
-    kept = [json.loads(line)["rollouts"] for line in Path("run", "rollouts.jsonl").open()]
+    lines = Path("run", "rollouts.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["rollouts"] for line in lines]
     whole = [r["reward"] for group in kept for r in group if not r["completion"]]
     assert whole and all(whole)  # the experts' whole solutions verify
     assert first["logprob_gap"] < 1e-4
