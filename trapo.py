@@ -111,7 +111,7 @@ METHODS = {  # a method is four settings, a rival's some more
     "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
     # Rivals, and where a row departs from its paper. HPT (arXiv 2509.04419): 7 tries, not 8.
     "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
-    # POPE (2601.18779), PrefixRL (2601.18795): all problems get hints, not the hard ones alone.
+    # POPE (2601.18779), PrefixRL (2601.18795): hints of random length, for easy problems too.
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
     # UFT (2505.16984): shares are uniform (mean .75), not binomial (.95); anneals in 120 of 200.
