@@ -353,8 +353,7 @@ def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
     """Prefix loss plus policy-gradient loss, summed over [len(prefix + completion)] log-probs."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
     expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha).sum()
-    own = policy_gradient_loss(completion, rollout.advantage).sum()
-    return args.prefix_weight * expert + own
+    return args.prefix_weight * expert + policy_gradient_loss(completion, rollout.advantage).sum()
 
 def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Settings") -> float:
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
@@ -438,15 +437,16 @@ def train(args: "Settings") -> None:
         due = last or done % args.eval_every == 0
         if due:
             metrics["eval"] = evaluate(sampler, task, args, greedy=last)
-            show_group(groups, tokenizer, args)
-            print_once(f"step {done}: {in_short(metrics)}")
         log(args, done, metrics, groups[:2] if due else [])
-        hint_if_nothing_is_learnt(history, metrics, last, args)
-        bar.set_postfix_str(in_short(metrics), refresh=False)
         stop = any(gather(bool(signals)))  # in any process
         if stop or last or done % args.save_every == 0:
             save(policy, tokenizer, Path(args.out, f"checkpoint-{done}"),
                  {"step": done, "optimizer": optimizer})
+        if due:  # printed after saving: Ctrl-C may have ended what reads it, such as tee
+            show_group(groups, tokenizer, args)
+            print_once(f"step {done}: {in_short(metrics)}")
+        hint_if_nothing_is_learnt(history, metrics, last, args)
+        bar.set_postfix_str(in_short(metrics), refresh=False)
         if stop and not last:
             raise KeyboardInterrupt(f"stopped after step {done}; to go on: "
                                     f"python trapo.py --resume --out {args.out}")
@@ -783,15 +783,17 @@ UNREADABLE = "the answer cannot be read, so nothing is right"
 @functools.lru_cache(maxsize=4096)
 def grade(response: str, answer: str) -> tuple[float, str]:
     """Math-Verify's verdict: (1.0 or 0.0, a note if response or answer hold nothing to compare)."""
-    from math_verify import parse, verify  # which catch their errors, and stop after 5 seconds
+    from math_verify import errors, parse, utils, verify  # parse and verify stop after 5 seconds
     right, found = parse(f"${plain_numbers(answer)}$"), parse(plain_numbers(last_box(response)))
     is_word = len(right) < 2 and answer.isalpha()  # a text, but no expression
     if not right or is_word or answer.lower() in ("proof", "notfound"):
         return 0.0, UNREADABLE
     if plain_numbers(answer) != answer or "\\times 10^" in answer:
         # Math-Verify rounds to 6 decimals, where 1e-27 is 2e-27, and takes 10^8 for no 1.0e8.
-        with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # no numbers
-            return float(math.isclose(float(right[0]), float(found[0]), rel_tol=1e-6)), ""
+        number = utils.timeout(5)(float)  # 9^9^9^9 would take for ever
+        with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError,  # no numbers
+                                 errors.TimeoutException):
+            return float(math.isclose(number(right[0]), number(found[0]), rel_tol=1e-6)), ""
     return float(verify(right, found)), "" if found else "no answer found"
 
 def plain_numbers(text: str) -> str:
@@ -820,7 +822,7 @@ def load_rows(dataset: str, split: str = "train") -> list[dict]:
         if dataset.endswith(".parquet"):
             from pyarrow import parquet
             return parquet.read_table(dataset).to_pylist()
-        text = Path(dataset).read_text(encoding="utf-8")
+        text = Path(dataset).read_text(encoding="utf-8-sig")
         if dataset.endswith(".json"):
             return list(parse(text))
         for number, line in enumerate(text.split("\n"), 1):
@@ -1048,7 +1050,7 @@ def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Pa
         state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
         if state["optimizer"]["state"]:  # empty if every update was skipped
             sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=FULL)
-    return state["step"]
+        return state["step"]
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
