@@ -29,7 +29,8 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "hub"}  # a test never asks the network
 
-import numpy, pandas, pytest, safetensors.torch, tokenizers, torch, transformers  # noqa: E401
+import math_verify, numpy, pandas, pytest, safetensors.torch  # noqa: E401
+import tokenizers, torch, transformers  # noqa: E401
 
 import eval as evaluation
 import trapo
@@ -505,14 +506,6 @@ def test_speculation_asks_eleven_requests_a_prompt_in_one_call():
     for method, drawn in (("grpo", 8), ("luffy", 7), ("fixed-prefix", 7), ("sft", 0)):  # one branch
         _, script = draw([0] * 8, schedule=settings("--method", method).schedule, speculate=True)
         assert script.drawn == drawn
-
-def test_speculation_relies_on_rewards_from_0_to_1():
-    """A reward of -1 decides on help that no reward in [0, 1] could: nothing was drawn for it."""
-    schedule = [MicroGroup(1, 0.0, -1), MicroGroup(1, 0.5, 0.0)]
-    (group,), _ = draw([0, 0], None, schedule, lambda *_: -1.0)
-    assert [len(r.prefix) for r in group] == [0, 5]
-    with pytest.raises(ValueError, match=r"rewards in \[0, 1\]"):
-        draw([0, 0], None, schedule, lambda *_: -1.0, speculate=True)
 
 # ==== Part 3. Log-probs of response tokens
 
@@ -1136,6 +1129,12 @@ def test_math_reward_is_one_for_an_equal_answer_and_never_raises(response, answe
     """Math-Verify's verdict on fractions, tuples, powers of ten, boxes, nonsense, broken LaTeX."""
     assert math_reward(response, answer) == reward
 
+def test_a_number_too_large_to_compute_is_wrong_and_no_endless_wait(monkeypatch):
+    usual = math_verify.utils.timeout
+    monkeypatch.setattr(math_verify.utils, "timeout", lambda seconds: usual(1))
+    monkeypatch.setattr(math_verify, "verify", lambda right, found: False)  # has its own 5 seconds
+    assert math_reward("\\boxed{9^{9^{9^{9}}}}", "8.7e8") == 0.0
+
 GSM8K_ROWS = [{"question": f"Ann has {n} times 536 pens. How many?", "answer":
                f"She has {n}*536 = <<{n}*536={n * 536}>>{n * 536}.\n#### {n * 536:,}"}
               for n in range(2, 14)]
@@ -1208,12 +1207,13 @@ def test_lengths_of_exactly_the_limit_are_kept_and_one_more_is_out(name, tokeniz
 
 def test_rows_are_read_as_they_were_written():
     """Numbers in JSON keep their digits; parquet keeps lists, and null is null. A file's name is no
-    pattern, and a file that is rewritten, in the same second even, is read again."""
+    pattern; one that is rewritten, in the same second even and with a BOM, is read again."""
     text = '{"answer": 0.10}\n\n{"problem": "P\u2028", "answer": 12345678901234567890}\n'
     put("rows.json", "[" + text.strip().replace("\n\n", ",") + "]")
     for name in ("rows.json", put("rows[12].jsonl", text, "rows[12].jsonl")):
         assert [row["answer"] for row in load_rows(name)] == ["0.10", "12345678901234567890"]
-    os.utime(put(name, text.replace("0.10", "0.20"), name), ns=(os.stat(name).st_mtime_ns,) * 2)
+    before = os.stat(name).st_mtime_ns
+    os.utime(put(name, "\ufeff" + text.replace("0.10", "0.20"), name), ns=(before, before))
     assert load_rows(name)[0]["answer"] == "0.20"
     rows = [{"answer": "1", "solution": ["S", "T"]}, {"answer": None, "solution": []}]
     pandas.DataFrame(rows).to_parquet("rows.parquet")
@@ -1471,6 +1471,13 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save_it(
     main(command.split())
     assert_same("run", whole)
 
+def test_a_step_is_saved_before_it_is_printed(base, monkeypatch):
+    """Ctrl-C ends `tee` too, so that printing fails."""
+    monkeypatch.setattr(trapo, "show_group", raising(BrokenPipeError("gone")))
+    with pytest.raises(SystemExit):
+        main(tiny_run(base, "run", "--steps", "1"))
+    assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-1"]
+
 def test_a_second_ctrl_c_ends_the_program_at_once(base, monkeypatch, capsys):
     """Exit code 130, nothing saved; and Ctrl-C is what it was before."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1528,12 +1535,11 @@ def test_what_decided_on_help_is_said_in_words(rewards, prefix, length, threshol
              Rollout([5], [7] * prefix, [4], micro_group=1, solution_length=length)]
     assert words in trapo.help_given(group, 1, MicroGroup(1, 0.2, threshold))
 
-def test_a_run_that_learns_nothing_says_so_once(base, monkeypatch, capsys):
+def test_a_run_whose_responses_are_all_cut_off_says_so(base, monkeypatch, capsys):
     monkeypatch.setattr(trapo, "grade", lambda *_: (0.0, ""))
     main(tiny_run(base, "run", "--dataset", write_rows([{"problem": "a 1 b +1 ?", "answer": "2"}]),
                   "--prompts", "1", "--steps", "2", "--max-prompt", "12", "--max-response", "1"))
-    output = capsys.readouterr().out
-    assert output.count("No group had both") == output.count("cut off at --max-response 1") == 1
+    assert re.search(r"step 2: .*alone 0.000, .*cut off 1.000", capsys.readouterr().out)
 
 # ==== Part 10. The command line
 
@@ -1584,6 +1590,11 @@ def without_checkpoints(at):
         shutil.rmtree(folder)
     return flags
 
+def without_step(at):
+    flags = resumed(at, "notes", "")
+    torch.save({"optimizer": {"state": {}}}, "run/checkpoint-4/trainer.pt")
+    return flags
+
 def resumed(at, name, content, *flags):
     """The command line that resumes a finished run, of which this file was changed."""
     shutil.copytree(at.whole, "run")
@@ -1617,8 +1628,6 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("a folder that holds a thesis", lambda at: put(
         "out/thesis.tex", "all of it", tiny_run(at.base, "out")), "not empty.*--resume"),
     ("a finished run, without --resume", lambda at: resumed(at, "notes", "")[1:], "not empty"),
-    ("several processes, but no torchrun", lambda at: at.setenv("WORLD_SIZE", "2") or tiny_run(
-        at.base, "run"), "torchrun"),
     # ---- models
     ("no such Qwen", lambda at: model("No-Such-Model"), "No-Such-Model.*folder"),
     ("a folder of no model", lambda at: put("empty/notes", "", model("empty")), "empty"),
@@ -1666,9 +1675,7 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
             ({"wind": 3}, "wind"), ({"alpha": 2}, "alpha 2"), ({"alpha": [0.1]}, "float"),
             ({"sizes": 4.5}, "float"), ("[1]", ""), ("{", ""))),
     ("a finished run whose checkpoints are gone", lambda at: without_checkpoints(at), "finished"),
-    ("other rows than before", lambda at: put(
-        "rows.jsonl", '{"problem": "a 1 b +1 ?", "solution": "# 2", "answer": "2"}',
-        resumed(at, "settings.json", {"dataset": "rows.jsonl"})), "rows.*not those"),
+    ("trainer.pt without its step", lambda at: without_step(at), "trainer.pt.*delete"),
     ("trainer.pt, torn", lambda at: resumed(at, "checkpoint-4/trainer.pt", "PK"), "trainer.pt"),
     # ---- defaults.json
     ("defaults.json with wind", lambda at: beside(at, '{"wind": 3}'), "defaults.json.*wind"),
@@ -1735,7 +1742,7 @@ def test_help_explains_every_flag_in_a_line(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     flags = re.findall(r"^ +--(?!no-|help)([a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
-    assert set(flags) == {f.name.replace("_", "-") for f in fields(Settings)} - {"fingerprint"}
+    assert set(flags) == {f.name.replace("_", "-") for f in fields(Settings)}
 
 # ==== eval.py: benchmarks
 

@@ -46,7 +46,7 @@ The workshop: 6 the sampler, 7 models, data and reward, 8 processes and checkpoi
 evaluation, 10 the command line. "Part" is of this file, "Section" of the paper.
 """
 import argparse, contextlib, copy, dataclasses, datetime, decimal  # noqa: E401
-import functools, hashlib, json, logging, math, os, random, re, resource  # noqa: E401
+import functools, json, logging, math, os, random, re, resource  # noqa: E401
 import shutil, signal, sys, time, traceback, typing  # noqa: E401
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -353,7 +353,8 @@ def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
     """Prefix loss plus policy-gradient loss, summed over [len(prefix + completion)] log-probs."""
     prefix, completion = logprobs.tensor_split([len(rollout.prefix)])
     expert = PREFIX_LOSSES[args.prefix_loss](prefix, rollout.advantage, args.alpha).sum()
-    return args.prefix_weight * expert + policy_gradient_loss(completion, rollout.advantage).sum()
+    own = policy_gradient_loss(completion, rollout.advantage).sum()
+    return args.prefix_weight * expert + own
 
 def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Settings") -> float:
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
@@ -429,7 +430,7 @@ def train(args: "Settings") -> None:
         metrics = {"eval": evaluate(sampler, task, args, greedy=True)}
         log(args, done, metrics)
         print_once(f"step 0: {in_short(metrics)}")
-    signals, history = catch_signals(), []
+    signals = catch_signals()
     bar = tqdm(range(done, args.steps), args.method, disable=RANK > 0)
     for step in bar:
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
@@ -445,7 +446,6 @@ def train(args: "Settings") -> None:
         if due:  # printed after saving: Ctrl-C may have ended what reads it, such as tee
             show_group(groups, tokenizer, args)
             print_once(f"step {done}: {in_short(metrics)}")
-        hint_if_nothing_is_learnt(history, metrics, last, args)
         bar.set_postfix_str(in_short(metrics), refresh=False)
         if stop and not last:
             raise KeyboardInterrupt(f"stopped after step {done}; to go on: "
@@ -628,10 +628,7 @@ def draw_ahead(problems: list[Problem], picks: list[list[tuple[Tokens | None, To
         stock[tuple(request), limit].append(completion)
 
     def hand_out(requests: list[Tokens], limits: list[int]) -> list[Sampled]:
-        wanted = [(tuple(request), limit) for request, limit in zip(requests, limits)]
-        if Counter(wanted) - Counter({key: len(left) for key, left in stock.items()}):
-            raise ValueError("--speculate needs rewards in [0, 1]: use --no-speculate")
-        return [stock[key].pop(0) for key in wanted]
+        return [stock[tuple(request), limit].pop(0) for request, limit in zip(requests, limits)]
     return hand_out
 
 # ==== Part 7. Models, data and reward: what `prepare` and eval.py load.
@@ -769,7 +766,6 @@ class Task:
     train: list[Problem]
     heldout: list[Problem]
     reward: Callable[[Problem, Tokens], float]
-    fingerprint: str = ""  # of the rows and the first prompt: a resumed run must find them again
 
 def batch_at(step: int, task: Task, args: Recipe) -> list[Problem]:
     """The prompts of a step, whatever the number of processes; every problem once an epoch."""
@@ -925,13 +921,10 @@ def make_task(tokenizer, args: "Settings") -> Task:
         raise InputError(f"{args.dataset}: all problems are held out; --eval-size 0 holds out none")
     if min(args.thresholds) >= ALWAYS and not any(problem.solutions for problem in train):
         raise InputError(f"--method {args.method} needs solutions, and {args.dataset} has none")
-    digest = hashlib.sha256(repr(train[0].prompt_ids).encode())
-    for row in rows + test:
-        digest.update(repr(row).encode())
 
     def reward(problem: Problem, response: Tokens) -> float:  # change me, within [0, 1]
         return grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)[0]
-    return Task(train, heldout, reward, digest.hexdigest()[:16])
+    return Task(train, heldout, reward)
 
 # ==== Part 8. Processes and checkpoints: what `train` stands on.
 #
@@ -943,9 +936,7 @@ if dist.is_torchelastic_launched():
 FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors
 
 def start_processes(backend: str, device: str) -> None:
-    """Join the processes that torchrun started, if it did. InputError if something else did."""
-    if os.environ.get("WORLD_SIZE", "1") != str(WORLD):
-        raise InputError("WORLD_SIZE is set, but not by torchrun: use torchrun, or unset it")
+    """Join the processes that torchrun started, if it did."""
     if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if WORLD > 1:  # a day: the others wait while one writes a checkpoint
@@ -1031,10 +1022,6 @@ def prepare(args: "Settings") -> tuple:
         torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
     check_context(policy, args.max_prompt + args.max_response)
     task = make_task(tokenizer, args)
-    if args.fingerprint not in ("", task.fingerprint):
-        raise InputError(f"the rows of {args.dataset}, or their prompts, are not those that the run"
-                         " began with: bring them back, or start another run")
-    args.fingerprint = task.fingerprint
     sampler = make_sampler(policy, args)  # before sharding: it is whole
     policy.train()
     if args.recompute:
@@ -1191,20 +1178,10 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
         **seconds}
 
-def hint_if_nothing_is_learnt(history: list[dict], metrics: dict, last: bool,
-                              args: Recipe) -> None:
-    """At the tenth step, or an earlier end, say if nothing was learnt from the policy's tokens."""
-    history.append(metrics)
-    due = len(history) == 10 or last and len(history) < 10
-    if due and not any(metrics["mixed"] or not metrics["tokens_generated"] for metrics in history):
-        cut = f"{metrics['truncated']:.0%} of responses were cut off at --max-response"
-        print_once(f"No group had both right and wrong rollouts in {len(history)} steps: nothing "
-                   f"was learnt from the policy's own tokens. {cut} {args.max_response}. Easier "
-                   "problems, or more help?")
-
 def in_short(metrics: dict) -> str:
-    """What is printed of a step: accuracy where it was measured, success alone, help, loss."""
-    names = {"reward_unguided": "alone", "guided": "guided", "loss": "loss"}
+    """What is printed of a step: accuracy where it was measured, success alone, shares of guided
+    rollouts and of responses cut off at --max-response, loss."""
+    names = {"reward_unguided": "alone", "guided": "guided", "truncated": "cut off", "loss": "loss"}
     values = metrics.get("eval", {}) | {names[key]: metrics.get(key) for key in names}
     skipped = "; no update, as the gradient is not finite" * (metrics.get("grad_norm", 0) is None)
     return ", ".join(f"{name} {x:.3f}" for name, x in values.items() if x is not None) + skipped
@@ -1266,7 +1243,6 @@ class Settings(Recipe):
     eval_every: int = setting(20, "steps between evaluations")
     save_every: int = setting(50, "steps between checkpoints")
     resume: bool = setting(False, "go on from the newest checkpoint in --out")
-    fingerprint: str = setting("", argparse.SUPPRESS)  # the task's, for --resume
 
     def __post_init__(self) -> None:
         """InputError for a number that is out of range, ValueError for what is none."""
