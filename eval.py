@@ -514,7 +514,7 @@ def sampling_rates(sampler: torch.nn.Module, requests: list[Tokens], settings: S
     return rates
 
 def speed(args: Namespace) -> None:
-    """`eval.py speed`: the sampler, and whole steps of three methods, at several batch sizes.
+    """`eval.py speed`: the sampler, and whole steps of two methods, at several batch sizes.
 
     Model FLOPs of an update: 6 a weight and token, of a prompt once, the head's only for response
     tokens; no attention, nothing that is computed twice. MFU: their rate over a matrix product's.
@@ -537,7 +537,7 @@ def speed(args: Namespace) -> None:
         ids = rng.integers(1, policy.config.vocab_size, size=(8 * prompts, prompt + new)).tolist()
         task = trapo.Task([Problem(row[:prompt], [row[prompt:]], "") for row in ids[:prompts]], [],
                           lambda problem, response: float(rng.random() < 0.4))
-        for method in ("grpo", "trapo --no-speculate", "trapo --speculate"):
+        for method in ("grpo", "trapo"):
             settings = trapo.parse_args(flags + f"--prompts={prompts} --method={method}".split())
             steps = pandas.DataFrame(
                 trapo.train_step(policy.train(), sampler, optimizer, task, settings, i)[0]

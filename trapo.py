@@ -46,9 +46,9 @@ The workshop: 6 the sampler, 7 models, data and reward, 8 processes and checkpoi
 evaluation, 10 the command line. "Part" is of this file, "Section" of the paper.
 """
 import argparse, contextlib, copy, dataclasses, datetime, decimal  # noqa: E401
-import functools, json, logging, math, os, random, re, resource  # noqa: E401
-import shutil, signal, sys, time, traceback, typing  # noqa: E401
-from collections import Counter, defaultdict
+import functools, json, logging, math, os, random, re, shutil  # noqa: E401
+import sys, time, traceback, typing  # noqa: E401
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as sharded
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -111,14 +110,16 @@ METHODS = {  # a method is four settings, a rival's some more
     "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
     # Rivals, and where a row departs from its paper. HPT (arXiv 2509.04419): 7 tries, not 8.
     "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
-    # POPE (2601.18779), PrefixRL (2601.18795): hints of random length, for easy problems too.
+    # POPE (2601.18779), PrefixRL (2601.18795): random shares, easy problems too, not 8 + 8.
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
-    # UFT (2505.16984): shares are uniform (mean .75), not binomial (.95); anneals in 120 of 200.
+    # UFT (2505.16984): 8 rollouts, not 4; shares are uniform (mean .75), not binomial (.95), and
+    # end at 0, not .05; the weight anneals, too.
     "uft": {"sizes": [8], "ratios": ["0.5:1"], "thresholds": [ALWAYS], "prefix_loss": "sft",
             "prefix_weight": 0.001, "anneal": 120},
-    # CHORD-phi (2508.11408): SFT on the same problems. GHPO (2507.10628): more tries if no hint.
+    # CHORD-phi (2508.11408): SFT on the same problems; 7 tries, not 8; GRPO's weight is 1, not .9.
     "chord": WHOLE | {"prefix_loss": "chord-phi", "prefix_weight": 0.1, "baseline": "context"},
+    # GHPO (2507.10628): tries that failed stay in the batch, of up to 32 rollouts, not 8.
     "ghpo": {"sizes": [8] * 4, "ratios": [0.0, 0.25, 0.5, 0.75], "thresholds": [-1.0] + [1e-9] * 3,
              "prefix_loss": "none", "baseline": "context"}}
 
@@ -251,19 +252,16 @@ def expert_prefix(solution_ids: Tokens, ratio: float) -> Tokens:
 def sample_groups(problems: list[Problem], schedule: list[MicroGroup],
                   generate: Callable[[list[Tokens], list[int]], list[Sampled]],
                   reward: Callable[[Problem, Tokens], float], rng: random.Random, *,
-                  max_response: int = 1024, speculate: bool = False) -> list[list[Rollout]]:
+                  max_response: int = 1024) -> list[list[Rollout]]:
     """Algorithm 1: every problem's group of rollouts, in the order drawn, by micro-groups.
 
     Args: problems: a guided micro-group picks one of a problem's solutions.
         generate: (requests, limits on new tokens) -> a completion and its log-probs for each.
         reward: of a response, prefix and completion together, in [0, 1], as thresholds assume.
         rng: picks solutions, and shares.   max_response: tokens, prefix and completion together.
-        speculate: draw all that may be needed in one call of generate; the same distribution.
     """
     # All picks come first, so who is guided does not change what rng picks for the others.
     picks = [[draw_prefix(p, micro_group.ratio, rng) for micro_group in schedule] for p in problems]
-    if speculate:
-        generate = draw_ahead(problems, picks, schedule, generate, max_response)
     groups: list[list[Rollout]] = [[] for _ in problems]
     for m, micro_group in enumerate(schedule):
         unfinished = []
@@ -325,11 +323,9 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
     states = hidden[scored].split(HEAD_CHUNK)
     targets = [token for s, start in zip(sequences, starts) for token in s[start:]]
     targets = torch.tensor(targets, device=hidden.device).split(HEAD_CHUNK)
-    head, score = policy.get_output_embeddings(), chunk_logprobs
-    if len(targets) > 1:
-        score = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False,
-                                  preserve_rng_state=False)
-    chunks = [score(head, h, y, temperature) for h, y in zip(states, targets)]
+    head = policy.get_output_embeddings()
+    chunks = [checkpoint(chunk_logprobs, head, h, y, temperature, use_reentrant=False,
+                         preserve_rng_state=False) for h, y in zip(states, targets)]
     lengths = [len(s) - start for s, start in zip(sequences, starts)]
     logprobs, entropies = (torch.cat(pieces).split(lengths) for pieces in zip(*chunks))
     return list(logprobs), list(entropies)
@@ -361,19 +357,19 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
     log-probs and entropies on every rollout that is trained."""
     trained = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
     batches = micro_batches(trained, args.micro_tokens)  # so that each fits into memory
-    divisor, total = len(rollouts) * args.max_response, 0.0
-    # logprobs_of is token_logprobs of this policy. Only several processes change anything (Part 8).
-    logprobs_of, batches, divisor = for_all_processes(policy, batches, divisor)
+    divisor, total = sum(gather(len(rollouts))) * args.max_response, 0.0  # of all processes
     for batch in batches:
         sequences = [r.prompt + r.prefix + r.completion for r in batch]
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
-            logprobs, entropies = logprobs_of(sequences, [len(r.prompt) for r in batch],
-                                              args.temperature)
+            logprobs, entropies = token_logprobs(
+                policy, sequences, [len(r.prompt) for r in batch], args.temperature)
         loss = sum(rollout_loss(r, values, args) for r, values in zip(batch, logprobs)) / divisor
         loss.backward()
         total += loss.item()
         for r, values, entropy in zip(batch, logprobs, entropies):
             r.logprobs, r.entropies = values.tolist(), entropy.tolist()
+    for p in policy.parameters() if WORLD > 1 else ():
+        dist.all_reduce(p.grad)  # the sum of all processes' gradients, in each of them
     return total
 
 # ==== Part 5. One step, and the loop.
@@ -396,12 +392,17 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
                task: "Task", args: "Settings", step: int) -> tuple[dict, list[list[Rollout]]]:
     """Rollouts, then one update on all of them: (metrics over all processes, this one's groups)."""
     # ---- Rollout phase: this process's share of the step's prompts, a group of rollouts each.
+    times = [time.perf_counter()]
     args, rng = annealed(args, step), random.Random(f"{args.seed} {step} {RANK}")
     torch.manual_seed(rng.getrandbits(63))
     problems = batch_at(step, task, args)[RANK::WORLD]
-    generate, reward, spent = metered(sampler, task, args)  # spent: their seconds and tokens
-    groups = sample_groups(problems, args.schedule, generate, reward, rng,
-                           max_response=args.max_response, speculate=args.speculate)
+
+    def generate(requests: list[Tokens], limits: list[int]) -> list[Sampled]:
+        return list(zip(*sample(sampler, requests, limits, args.temperature,
+                                kv_tokens=args.kv_tokens)))
+    groups = sample_groups(problems, args.schedule, generate, task.reward, rng,
+                           max_response=args.max_response)
+    times.append(time.perf_counter())
     peers = groups if args.baseline == "group" else [  # a micro-group's rollouts begin alike
         [r for r in group if r.micro_group == m]
         for group in groups for m in range(len(args.schedule))]
@@ -415,12 +416,12 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     for p in policy.parameters():  # zeros, not None, or AdamW's momentum would skip an inert step
         p.grad = torch.zeros_like(p)
     loss = accumulate_gradients(policy, rollouts, args)
-    norm = float(unsharded(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
+    norm = float(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.step()
         refresh(sampler, policy)
-    return step_metrics(policy, rollouts, loss, norm, spent, args), groups
+    return step_metrics(policy, rollouts, loss, norm, times, args), groups
 
 def train(args: "Settings") -> None:
     """The whole run: load or resume; then roll out, update, evaluate and save, step by step."""
@@ -430,7 +431,6 @@ def train(args: "Settings") -> None:
         metrics = {"eval": evaluate(sampler, task, args, greedy=True)}
         log(args, done, metrics)
         print_once(f"step 0: {in_short(metrics)}")
-    signals = catch_signals()
     bar = tqdm(range(done, args.steps), args.method, disable=RANK > 0)
     for step in bar:
         metrics, groups = train_step(policy, sampler, optimizer, task, args, step)
@@ -438,18 +438,13 @@ def train(args: "Settings") -> None:
         due = last or done % args.eval_every == 0
         if due:
             metrics["eval"] = evaluate(sampler, task, args, greedy=last)
-        log(args, done, metrics, groups[:2] if due else [])
-        stop = any(gather(bool(signals)))  # in any process
-        if stop or last or done % args.save_every == 0:
-            save(policy, tokenizer, Path(args.out, f"checkpoint-{done}"),
-                 {"step": done, "optimizer": optimizer})
-        if due:  # printed after saving: Ctrl-C may have ended what reads it, such as tee
             show_group(groups, tokenizer, args)
             print_once(f"step {done}: {in_short(metrics)}")
+        log(args, done, metrics, groups[:2] if due else [])
+        if last or done % args.save_every == 0:
+            save(policy, tokenizer, Path(args.out, f"checkpoint-{done}"),
+                 {"step": done, "optimizer": optimizer.state_dict()})
         bar.set_postfix_str(in_short(metrics), refresh=False)
-        if stop and not last:
-            raise KeyboardInterrupt(f"stopped after step {done}; to go on: "
-                                    f"python trapo.py --resume --out {args.out}")
     save(policy, tokenizer, Path(args.out, "model"))
     print_once(f"{args.out}/model is the model; for its rollouts: python eval.py look {args.out}")
 
@@ -508,7 +503,7 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], uniform
         if not alive:
             break
         # Finished rows leave in few moves: each copies the whole cache, and may record a graph.
-        share = 0.5 if batch.replay else 0.75
+        share = 0.5 if batch.graph else 0.75
         if batch.used == batch.bias.shape[1] or len(alive) <= share * len(rows):
             kept = [k for k, row in enumerate(rows) if row in alive]
             batch = DecodeBatch(policy, batch.cache, kept, batch.bias[:, :batch.used],
@@ -551,7 +546,7 @@ class DecodeBatch:
             self.cache.update(layer.keys[kept, :, :self.used], layer.values[kept, :, :self.used], i)
             layer.keys = layer.values = None
         dynamic = "dynamic" in str(getattr(policy.config, "rope_parameters", ""))  # reads positions
-        self.replay = self.record() if policy.device.type == "cuda" and not dynamic else None
+        self.graph = self.record() if policy.device.type == "cuda" and not dynamic else None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append [B] tokens; returns the [B, V] logits of the next ones."""
@@ -559,7 +554,10 @@ class DecodeBatch:
         self.position += 1
         self.bias[:, self.used] = 0
         self.used += 1
-        return self.replay() if self.replay else self.forward()
+        if not self.graph:
+            return self.forward()
+        self.graph.replay()
+        return self.logits
 
     def forward(self) -> Tensor:
         """[B, V] logits after self.token; a mask of four dimensions is taken as it is."""
@@ -567,7 +565,7 @@ class DecodeBatch:
         return self.policy(input_ids=self.token, attention_mask=bias, position_ids=self.position,
                            cache=self.cache, use_cache=True).logits[:, -1]
 
-    def record(self) -> Callable[[], Tensor]:
+    def record(self) -> torch.cuda.CUDAGraph:
         """`forward` as a CUDA graph: one launch in place of some 80 a layer, which bound it."""
         filled = self.cache.layers[0].cumulative_length.clone()
         stream, graph = capture_stream(), torch.cuda.CUDAGraph()
@@ -576,14 +574,10 @@ class DecodeBatch:
             self.forward()               # one place behind the prompt: taken back below
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
-            logits = self.forward()
+            self.logits = self.forward()
         for layer in self.cache.layers:
             layer.cumulative_length.copy_(filled)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-        return replay
+        return graph
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """[B, V] logits and [B] random numbers in [0, 1) -> [B] tokens and their log-probs.
@@ -603,33 +597,6 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
         token = torch.searchsorted(cumulative, target, right=True)
     logprobs = logits.gather(1, token) - top.float() - last.log()
     return token[:, 0], logprobs[:, 0]
-
-def draw_ahead(problems: list[Problem], picks: list[list[tuple[Tokens | None, Tokens]]],
-               schedule: list[MicroGroup], generate: Callable, max_response: int) -> Callable:
-    """Draw every branch that the thresholds may choose in ONE call; a `generate` that hands out.
-
-    For trapo: 4+2+1+1 free and 2+1 guided, 11 requests a prompt. The distribution is exactly that
-    of drawing in turn: rollouts of equal requests are independent and alike, so it does not matter
-    which of them is handed out, nor whether it was drawn before the decision, unseen.
-    """
-    branches = []  # (request, limit)
-    for problem, picked in zip(problems, picks):
-        for m, (micro_group, (solution, cut)) in enumerate(zip(schedule, picked)):
-            # Rewards lie in [0, 1], so the two extremes show what may be decided.
-            extremes = [[0.0], [1.0]] if m else [[]]
-            for guided in {solution is not None and is_guided(x, micro_group) for x in extremes}:
-                prefix = cut if guided else []
-                if prefix != solution:
-                    branch = problem.prompt_ids + prefix, max(0, max_response - len(prefix))
-                    branches += [branch] * micro_group.size
-    stock = defaultdict(list)
-    results = generate(*map(list, zip(*branches))) if branches else []
-    for (request, limit), completion in zip(branches, results, strict=True):
-        stock[tuple(request), limit].append(completion)
-
-    def hand_out(requests: list[Tokens], limits: list[int]) -> list[Sampled]:
-        return [stock[tuple(request), limit].pop(0) for request, limit in zip(requests, limits)]
-    return hand_out
 
 # ==== Part 7. Models, data and reward: what `prepare` and eval.py load.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -715,7 +682,7 @@ def load_policy(name: str) -> tuple[nn.Module, object]:
         # Fresh: a contradiction among sampling defaults would be refused at the first checkpoint.
         policy.generation_config = transformers.GenerationConfig(
             eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id)
-        check_policy(policy, tokenizer)
+        check_policy(policy)
     return policy, tokenizer
 
 def turn_end(tokenizer) -> int:
@@ -740,11 +707,9 @@ def render(tokenizer, turns: list[dict[str, str]], **options: bool) -> str:
     return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **options)
 
 @torch.no_grad()
-def check_policy(policy: nn.Module, tokenizer) -> None:
+def check_policy(policy: nn.Module) -> None:
     """ValueError for a model whose log-probs token_logprobs would get wrong: it does without the
     model's own logits and masks, and sample uses them, so the two are compared."""
-    if max(tokenizer.get_vocab().values()) >= policy.get_input_embeddings().num_embeddings:
-        raise ValueError("its tokenizer has more ids than its embedding has rows")
     if getattr(policy.config, "sliding_window", None):
         raise ValueError("its attention slides")
     ids = list(range(1, 17))
@@ -928,12 +893,11 @@ def make_task(tokenizer, args: "Settings") -> Task:
 
 # ==== Part 8. Processes and checkpoints: what `train` stands on.
 #
-# Under torchrun every process samples its share of the prompts from a copy of its own, and FSDP
-# keeps the fp32 weights, gradients and optimizer states in shards. One process uses none of that.
+# Under torchrun every process has the whole policy, and rolls out its share of the prompts. Their
+# gradients are added up, so all make the same update. One process uses none of that.
 RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors
 
 def start_processes(backend: str, device: str) -> None:
     """Join the processes that torchrun started, if it did."""
@@ -949,19 +913,13 @@ def gather(value: object) -> list:
         dist.all_gather_object(values, value)
     return values
 
-def unsharded(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered if FSDP has sharded it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
 def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
     """Rollouts cut into micro-batches of at most `budget` tokens: a prompt counts once, a response
-    as the longest beside it. Where prompts are long, whole sequences count, a quarter each: of them
-    attention alone keeps something. Rollouts of a prompt are neighbours, long responses first."""
+    as the longest beside it. Rollouts of a prompt are neighbours, long responses first."""
     def cost(batch: list[Rollout]) -> int:
         prompts = {tuple(r.prompt) for r in batch}
-        responses = len(batch) * max(len(r.prefix + r.completion) for r in batch)
-        return max(sum(map(len, prompts)) + responses,
-                   (len(batch) * max(map(len, prompts)) + responses) // 4)
+        longest = max(len(r.prefix + r.completion) for r in batch)
+        return sum(map(len, prompts)) + len(batch) * longest
 
     by_length = sorted(rollouts, key=lambda r: -len(r.prefix + r.completion))
     prompts = [r.prompt for r in by_length]
@@ -972,36 +930,14 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
         batches[-1].append(r)
     return batches
 
-def for_all_processes(policy: nn.Module, batches: list[list[Rollout]],
-                      divisor: float) -> tuple[Callable, list[list[Rollout]], float]:
-    """What makes the processes' gradients add up to that of one: token_logprobs by FSDP's hook;
-    equally many micro-batches, since all take part in each pass (a rollout of advantage 0 has
-    gradient 0); and the mean of the divisors, since FSDP averages gradients."""
-    logprobs_of = getattr(policy, "token_logprobs", functools.partial(token_logprobs, policy))
-    missing = max(gather(len(batches))) - len(batches)
-    nothing = [Rollout(prompt=[0], prefix=[], completion=[0])]
-    return logprobs_of, batches + [nothing] * missing, sum(gather(divisor)) / WORLD
-
-def shard(policy: nn.Module, args: "Settings") -> None:
-    """FSDP2 in place, from the CPU: each decoder layer a unit, the rest another."""
-    from torch.distributed import fsdp
-    mesh = dist.init_device_mesh(args.device, (WORLD,))
-    precision = fsdp.MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32)
-    for part in (*policy.base_model.layers, policy):
-        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
-    # FSDP gathers the weights when a method of the policy is called that it was told of.
-    policy.token_logprobs = functools.partial(token_logprobs, policy)
-    fsdp.register_fsdp_forward_method(policy, "token_logprobs")
-
 def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
-    """What rollouts are drawn from: a copy of the policy on its device, in bf16 if args.bf16."""
-    if args.device == "cpu" and WORLD == 1 and not args.bf16:
-        return policy
+    """What rollouts are drawn from, on args.device: the policy, or a bf16 copy if args.bf16."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape: half a second, often
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if not args.bf16:
+        return policy.to(args.device)
     # Parameters are cast one by one, so that there is never a second fp32 model, and no buffers:
     # RoPE's must stay fp32.
-    copies = {id(p): nn.Parameter(p.detach().to(args.device, dtype, copy=True), False)
+    copies = {id(p): nn.Parameter(p.detach().to(args.device, torch.bfloat16), False)
               for p in policy.parameters()}
     return copy.deepcopy(policy, copies).to(args.device)
 
@@ -1010,7 +946,7 @@ def refresh(sampler: nn.Module, policy: nn.Module) -> None:
     """Copy the policy's weights into the sampler, if it is a copy, one by one."""
     for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
         if old is not new:
-            old.copy_(unsharded(new))
+            old.copy_(new)
 
 def prepare(args: "Settings") -> tuple:
     """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
@@ -1022,22 +958,17 @@ def prepare(args: "Settings") -> tuple:
         torch.set_num_threads(1)  # its matrices are so small that threads wait for each other
     check_context(policy, args.max_prompt + args.max_response)
     task = make_task(tokenizer, args)
-    sampler = make_sampler(policy, args)  # before sharding: it is whole
-    policy.train()
+    sampler = make_sampler(policy, args)
+    policy.to(args.device).train()
     if args.recompute:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    shard(policy, args) if WORLD > 1 else policy.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0)
-    step = load_trainer(policy, optimizer, saved[-1]) if saved else 0
-    return policy, tokenizer, sampler, optimizer, task, step
-
-def load_trainer(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """A checkpoint's optimizer state, and its step."""
-    with as_input_error(f"use {folder}/trainer.pt", "delete that checkpoint"):
-        state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
-        if state["optimizer"]["state"]:  # empty if every update was skipped
-            sharded.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=FULL)
-        return state["step"]
+    if not saved:
+        return policy, tokenizer, sampler, optimizer, task, 0
+    with as_input_error(f"use {saved[-1]}/trainer.pt", "delete that checkpoint"):
+        trainer = torch.load(saved[-1] / "trainer.pt", "cpu", weights_only=True, mmap=True)
+        optimizer.load_state_dict(trainer["optimizer"])
+        return policy, tokenizer, sampler, optimizer, task, trainer["step"]
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
@@ -1047,14 +978,10 @@ def checkpoints(out: Path) -> list[Path]:
 def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None) -> None:
     """Write a model's folder, whole or not at all: aside, then renamed. With a trainer (optimizer
     and step) it is a checkpoint, of which the newest two are kept. All processes must call it."""
-    weights = sharded.get_model_state_dict(policy, options=FULL)
-    if trainer:
-        trainer["optimizer"] = sharded.get_optimizer_state_dict(
-            policy, trainer["optimizer"], options=FULL)
     aside = folder.with_name(".unfinished")
     if RANK == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        policy.save_pretrained(aside, state_dict=weights)
+        policy.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         if trainer:
             with (aside / "trainer.pt").open("wb") as file:  # a file's errors are plain ones
@@ -1099,16 +1026,6 @@ def log(args: "Settings", step: int, metrics: dict, groups: Iterable[list[Rollou
             with Path(args.out, name).open("a") as file:
                 file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
 
-def catch_signals() -> list[int]:
-    """A list that is no longer empty after Ctrl-C or SIGTERM; a second signal acts as usual."""
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(number, usual[number])
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    return came
-
 # ==== Part 9. Metrics, evaluation, printing: what the loop reports.
 def print_once(text: str) -> None:
     """Print a line, once for all processes, and above a progress bar."""
@@ -1121,45 +1038,21 @@ def mean(values: Iterable[float]) -> float | None:
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     return total / len(values) if values and math.isfinite(total) else None
 
-def metered(sampler: nn.Module, task: Task, args: "Settings") -> tuple:
-    """sample_groups' `generate` and `reward`, and a count of the seconds and tokens they take."""
-    spent = Counter(began=time.perf_counter())
-
-    def generate(requests: list[Tokens], limits: list[int]) -> list[Sampled]:
-        spent["sample"] -= time.perf_counter()
-        completions, logprobs = sample(sampler, requests, limits, args.temperature,
-                                       kv_tokens=args.kv_tokens)
-        spent["sample"] += time.perf_counter()
-        spent["tokens"] += sum(map(len, completions))
-        return list(zip(completions, logprobs))
-
-    def reward(problem: Problem, response: Tokens) -> float:
-        spent["reward"] -= time.perf_counter()
-        value = task.reward(problem, response)
-        spent["reward"] += time.perf_counter()
-        return value
-    return generate, reward, spent
-
 def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: float,
-                 spent: Counter, args: "Settings") -> dict:
+                 times: list[float], args: "Settings") -> dict:
     """A line of metrics.jsonl: what a step's rollouts, of all processes, say."""
     if policy.device.type == "cuda":
         torch.cuda.synchronize()  # or the update's time is counted as the next step's
-    seconds = {f"seconds_{part}": float(spent[part]) for part in ("sample", "reward")}
-    seconds["seconds_update"] = time.perf_counter() - spent["began"] - sum(seconds.values())
+    began, sampled, updated = *times, time.perf_counter()
     rollouts = [r for part in gather(rollouts) for r in part]
     completed = [r for r in rollouts if r.completion]
     trained = [r for r in rollouts if r.logprobs]
     p = [math.exp(x) for r in trained for x in r.logprobs[:len(r.prefix)]]
     eos_ids = policy.generation_config.eos_token_id or ()
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes, on Linux KiB
-    peak = (torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
     return {
         # Of the first micro-group alone: later rollouts are free where the first ones went well.
         "reward_unguided": mean(r.reward for r in rollouts if r.micro_group == 0 and not r.prefix),
         "reward_guided": mean(r.reward for r in completed if r.prefix),
-        "mixed": mean(r.advantage != 0 for r in rollouts),  # in groups of right and wrong ones
         "guided": mean(bool(r.prefix) for r in rollouts),
         **{f"guided_{m + 1}": mean(bool(r.prefix) for r in rollouts if r.micro_group == m)
            for m in range(len(args.schedule))},
@@ -1171,16 +1064,15 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "logprob_gap": mean(abs(x - y) for r in trained for x, y in zip(
             r.logprobs[len(r.prefix):], r.sampler_logprobs)),
         "prefix_p": mean(p), "prefix_outside_share": mean(x < args.alpha for x in p),
-        "trsft_weight": mean(min(x / max(args.alpha, 1e-300), 1) for x in p),
-        "tokens_generated": sum(gather(spent["tokens"])),
+        "tokens_generated": sum(len(r.completion) for r in rollouts),
         "tokens_trained": sum(len(r.logprobs) for r in trained),
         "rollouts_skipped": len(rollouts) - len(trained),
-        "loss": mean(gather(loss)), "grad_norm": mean([norm]), "peak_memory_gib": peak,
-        **seconds}
+        "loss": mean([sum(gather(loss))]), "grad_norm": mean([norm]),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # of the GPU
+        "seconds_sample": sampled - began, "seconds_update": updated - sampled}
 
 def in_short(metrics: dict) -> str:
-    """What is printed of a step: accuracy where it was measured, success alone, shares of guided
-    rollouts and of responses cut off at --max-response, loss."""
+    """What is printed of a step; "cut off" is the share of responses that --max-response ended."""
     names = {"reward_unguided": "alone", "guided": "guided", "truncated": "cut off", "loss": "loss"}
     values = metrics.get("eval", {}) | {names[key]: metrics.get(key) for key in names}
     skipped = "; no update, as the gradient is not finite" * (metrics.get("grad_norm", 0) is None)
@@ -1190,13 +1082,12 @@ def evaluate(sampler: nn.Module, task: Task, args: "Settings", greedy: bool) -> 
     """Share of held-out problems solved, by one response each, sampled as in training; and greedily
     if asked. {} if no problem is held out."""
     accuracy, problems = {}, task.heldout[RANK::WORLD]
-    uniforms = torch.rand(len(task.heldout), args.max_response, dtype=torch.float64,
-                          generator=torch.Generator().manual_seed(args.seed))
+    torch.manual_seed(args.seed)  # always the same random numbers; train_step has its own
     names = {"held out": args.temperature} | ({"held out, greedy": 0.0} if greedy else {})
     for name, temperature in names.items() if task.heldout else ():
         responses, _ = sample(sampler, [p.prompt_ids for p in problems],
                               [args.max_response] * len(problems), temperature,
-                              uniforms=uniforms[RANK::WORLD], kv_tokens=args.kv_tokens)
+                              kv_tokens=args.kv_tokens)
         right = sum(gather(sum(map(task.reward, problems, responses))))
         accuracy[name] = right / len(task.heldout)
     return accuracy
@@ -1217,45 +1108,43 @@ def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
     first = next(r for r in group if r.micro_group == m)
     rewards = [r.reward for r in group if r.micro_group < m]
     average, guided = sum(rewards) / max(1, len(rewards)), is_guided(rewards, micro_group)
-    given = "no help" if not guided else "but there is no solution"
-    if guided and first.solution_length:
-        given = f"{len(first.prefix) / first.solution_length:.0%} of the solution"
-    sign = "<" if guided else ">="
+    share = len(first.prefix) / max(1, first.solution_length)
+    sign, given = ("<", f"{share:.0%} of the solution") if guided else (">=", "no help")
     return f"mean reward so far {average:.2f} {sign} {micro_group.threshold:g}: {given}"
 
 # ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json
 # > the method's preset > defaults.
+EMBEDDED = Path(__file__).resolve().parent / ".clock" / "model"
+
 @dataclass
 class Settings(Recipe):
     """The recipe, its data, and how and where it is computed."""
-    model: str | None = setting(None, "folder, Hub id or bare Qwen name; none: .clock/model",
-                                group="model and data")
-    dataset: str | None = setting(None, "gsm8k, openr1, or a .jsonl / .json / .parquet file")
+    model: str = setting(str(EMBEDDED), "folder, Hub id or bare Qwen name", group="model and data")
+    dataset: str = setting("gsm8k", "gsm8k, openr1, or a .jsonl / .json / .parquet file")
     test: str | None = setting(None, "file of held-out rows; default: the data set's own or last")
     eval_size: int = setting(200, "held-out problems")
-    device: str | None = setting(None, "cuda or cpu; default: cuda, if any", "speed and memory")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute",
+                          group="speed and memory")
     bf16: bool | None = setting(None, "compute and sample in bfloat16; default: on CUDA, if it can")
     micro_tokens: int = setting(4096, "tokens in a micro-batch of the update, a prompt once")
     kv_tokens: int = setting(1 << 19, "tokens in the sampler's cache")
-    speculate: bool | None = setting(None, "draw all micro-groups in one pass; default: on CUDA")
     recompute: bool = setting(False, "gradient checkpointing: less memory, a third more time")
     out: str | None = setting(None, "folder; default: runs/<model>-<method>-seed<seed>", "run")
     eval_every: int = setting(20, "steps between evaluations")
-    save_every: int = setting(50, "steps between checkpoints")
+    save_every: int = setting(20, "steps between checkpoints")
     resume: bool = setting(False, "go on from the newest checkpoint in --out")
 
     def __post_init__(self) -> None:
-        """InputError for a number that is out of range, ValueError for what is none."""
+        """InputError for what is no number, or out of range."""
         for f in dataclasses.fields(Settings):
             default, value = f.default_factory(), getattr(self, f.name)
             low, high = RANGES.get(f.name, (1e-12, 1e12))
             values = value if isinstance(default, list) else [value]
             for x in values if type(default) in (int, float, list) else []:
-                if not all(low <= float(end) <= high for end in str(x).split(":")):  # NaN neither
-                    name = f.name.replace("_", "-")
-                    raise InputError(f"--{name} {x} is not in [{low:g}, {high:g}]")
+                with as_input_error(f"use {f.name} {x}", f"give a number in [{low:g}, {high:g}]"):
+                    if not all(low <= float(end) <= high for end in str(x).split(":", 1)):
+                        raise ValueError("out of range")  # NaN, too
 
-EMBEDDED = Path(__file__).resolve().parent / ".clock" / "model"
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda"),
            "baseline": ("group", "context")}
 RANGES = {"ratios": (0, 1), "alpha": (0, 1), "thresholds": (-1e9, 1e9), "seed": (0, 2**63 - 1),
@@ -1269,10 +1158,7 @@ class Parser(argparse.ArgumentParser):
 
 def share(text: str) -> float | str:
     """For argparse: a share, or a range of them, low:high."""
-    ends = [float(end) for end in text.split(":")]
-    if len(ends) > 2 or ends != sorted(ends):
-        raise argparse.ArgumentTypeError(f"{text} is no share, nor a range low:high")
-    return text if len(ends) == 2 else ends[0]
+    return text if ":" in text else float(text)
 
 def make_parser() -> Parser:
     """A flag for every field of Settings; what is not typed is not there."""
@@ -1299,27 +1185,23 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     args = fill_in(typed)
     if args.resume:
         before = vars(fill_in(read_settings(Path(args.out, "settings.json"))))
-        fixed = set(vars(Recipe())) - {"steps", "lr"} | {"model", "dataset", "test", "eval_size"}
-        changed = [key for key in typed if key in fixed and typed[key] != before[key]]
-        if changed:
-            raise InputError(f"--resume cannot change {', '.join(changed)} of the run in {args.out}"
-                             ": leave the flag out, or start a new run with another --out")
+        for key in {*vars(Recipe()), "model", "dataset", "test", "eval_size"} - {"steps", "lr"}:
+            if typed.get(key, before[key]) != before[key]:
+                raise InputError(f"--resume cannot change {key} of a run: leave the flag out")
         args = Settings(**before | typed | {"out": args.out})
     check_settings(args)
     return args
 
 def fill_in(known: dict) -> Settings:
     """Settings of what is known; the model's defaults, the method's and this machine's beside."""
-    model = known.get("model", str(EMBEDDED))
-    folder = model_folder(model)
+    folder = model_folder(known.get("model", str(EMBEDDED)))
     if "dataset" not in known:
         known = read_defaults(folder) | known
-    args = Settings(**{"model": model, "dataset": "gsm8k"} | known)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args = Settings(**known)
     if folder.name == "model" or folder.name.startswith("checkpoint-"):
         folder = folder.resolve().parent
     preset = {"bf16": args.device == "cuda" and torch.cuda.is_bf16_supported(False),  # not emulated
-              "speculate": args.device == "cuda", **METHODS[args.method],
+              **METHODS[args.method],
               "out": f"runs/{folder.name.lstrip('.')}-{args.method}-seed{args.seed}"}
     return dataclasses.replace(args, **{k: v for k, v in preset.items() if k not in known})
 
@@ -1347,8 +1229,6 @@ def check_settings(args: Settings) -> None:
         raise InputError("--sizes, --ratios and --thresholds need equally many values")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA: use --device cpu")
-    if args.model == str(EMBEDDED) and not EMBEDDED.is_dir():
-        raise InputError(f"{EMBEDDED} is not there: clone the repository with it, or give --model")
     for name in {args.dataset, args.test} - {None, *HUB}:
         if not Path(name).is_file():
             raise InputError(f"no data set '{name}': give a file, or one of {', '.join(HUB)}")
