@@ -23,9 +23,8 @@ BUGS = {  # name: (what is replaced, by what), ...
         ("        self.bias[:, self.used] = 0",
          "        self.bias = self.bias.clone()\n        self.bias[:, self.used] = 0")],
     "logits copied at the capture, not at the replay": [
-        ("            return logits\n", "            return copied\n"),
-        ("            logits = self.forward()\n",
-         "            logits = self.forward()\n        copied = logits.clone()\n")],
+        ("            self.logits = self.forward()\n",
+         "            self.logits = self.forward()\n        self.logits = self.logits.clone()\n")],
     "cache freed while the graph is kept": [
         ("        share = 0.5",
          "        layer = batch.cache.layers[0]\n        if t == 1:\n"

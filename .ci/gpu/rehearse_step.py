@@ -23,9 +23,8 @@ def make_task():
 
 def run(device, **options):
     """([metrics and completions of each step], accuracy, facts about the models)."""
-    args = trapo.Settings(**{**trapo.METHODS["trapo"], "device": device, "speculate": True,
-                             "max_response": 24, "prompts": 4, "micro_tokens": 200, "lr": 1e-3,
-                             **options})
+    args = trapo.Settings(**{**trapo.METHODS["trapo"], "device": device, "max_response": 24,
+                             "prompts": 4, "micro_tokens": 200, "lr": 1e-3, **options})
     policy, task, steps = make("qwen2", torch.float32).requires_grad_(True), make_task(), []
     with pretend_gpu.World() if device == "cuda" else contextlib.nullcontext():
         sampler = trapo.make_sampler(policy, args)
