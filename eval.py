@@ -548,7 +548,7 @@ def speed(args: Namespace) -> None:
                 "sampled, k tokens/s": steps.tokens_generated / steps.seconds_sample / 1000,
                 "trained, k tokens/s": tokens / steps.seconds_update / 1000,
                 "MFU, %": 600 * (body * read + head * tokens) / steps.seconds_update / peak,
-                "peak so far, GiB": steps.peak_memory_gib,
+                "GPU's peak so far, GiB": steps.peak_memory_gib,
                 "step, s": steps.filter(like="seconds_").sum(axis=1)}).apply(spread)
         rates |= sampling_rates(sampler, [row[:prompt] for row in ids], settings, args.repeat)
     print(pandas.Series(rates, name="k tokens/s").to_frame().to_string() + "\n")
