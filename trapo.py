@@ -368,8 +368,9 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
         total += loss.item()
         for r, values, entropy in zip(batch, logprobs, entropies):
             r.logprobs, r.entropies = values.tolist(), entropy.tolist()
-    for p in policy.parameters() if WORLD > 1 else ():
-        dist.all_reduce(p.grad)  # the sum of all processes' gradients, in each of them
+    if WORLD > 1:
+        for p in policy.parameters():
+            dist.all_reduce(p.grad)  # the sum of all processes' gradients, in each of them
     return total
 
 # ==== Part 5. One step, and the loop.
@@ -943,10 +944,9 @@ def make_sampler(policy: nn.Module, args: "Settings") -> nn.Module:
 
 @torch.no_grad()
 def refresh(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights into the sampler, if it is a copy, one by one."""
+    """Copy the policy's weights into the sampler, one by one: onto themselves if it is no copy."""
     for old, new in zip(sampler.parameters(), policy.parameters(), strict=True):
-        if old is not new:
-            old.copy_(new)
+        old.copy_(new)
 
 def prepare(args: "Settings") -> tuple:
     """What a run starts from: models, tokenizer, optimizer, task, and the number of steps done."""
