@@ -404,7 +404,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     groups = sample_groups(problems, args.schedule, generate, task.reward, rng,
                            max_response=args.max_response)
     times.append(time.perf_counter())
-    peers = groups if args.baseline == "group" else [  # a micro-group's rollouts begin alike
+    peers = groups if args.baseline == "group" else [  # a rollout that is alone has A = 0
         [r for r in group if r.micro_group == m]
         for group in groups for m in range(len(args.schedule))]
     for rollouts in peers:
