@@ -210,7 +210,7 @@ def evaluate(args: Namespace) -> None:
     for name, problems in benchmarks.items():
         run_benchmark(name, problems, records, out, sampler, tokenizer, args)
     trapo.gather(0)  # all is drawn
-    report(protocol, read_saved(out)[1], out)
+    report(protocol, [] if RANK else read_saved(out)[1], out)
 
 # ==== Part 4. Training runs. Those that differ in nothing but the seed, and in what does not matter
 # to what is learned, are one method, with one name and one colour everywhere.
@@ -577,7 +577,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of sampling, 0")
     add("--chunk", type=count, default=256, help="responses sampled, then saved, at a time, 256")
     add("--out", help="folder of the results; default: <model>/eval")
-    add("--device", choices=trapo.CHOICES["device"], help="default: cuda where there is one")
+    add("--device", choices=trapo.CHOICES["device"], default=Settings().device,
+        help="where to compute; default: cuda if there is one")
     add("--rescore", action="store_true", help="grade the saved samples again, generate nothing")
     add = commands.add_parser("runs", help="training runs compared").add_argument
     add("folders", nargs="+", help="folders of training runs")

@@ -20,7 +20,7 @@ alone, `pytest test_trapo.py -m tutorial`, some 15 seconds.
 import copy, html, json, logging, math, multiprocessing, os  # noqa: E401
 import random, re, shutil, signal, statistics, subprocess, sys  # noqa: E401
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import fields, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -804,6 +804,26 @@ def test_metrics_and_log_probs_are_what_happened(base):
     assert metrics["tokens_trained"] == sum(len(r.logprobs) for r in trained)
     assert metrics["rollouts_skipped"] == 32 - len(trained)
 
+def test_every_step_and_every_process_draws_anew(base, monkeypatch):
+    """From the same weights and prompts: each has random numbers of its own."""
+    monkeypatch.setattr(trapo, "batch_at", lambda step, task, args: task.train[:1] * 9)
+    drawn = set()
+    for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        monkeypatch.setattr(trapo, "RANK", rank)
+        _, groups = step_of(base, "--method", "grpo", step=step)
+        drawn.add(str([r.completion for group in groups[:8] for r in group]))
+    assert len(drawn) == 3
+
+def test_a_step_without_a_gradient_moves_on_by_its_momentum(base):
+    """AdamW's; parameters without a gradient would be left where they are."""
+    policy, _, sampler, optimizer, task, _ = trapo.prepare(
+        args := parse_args(["--model", base, "--method", "grpo"]))
+    for task.reward in (lambda _, response: float(len(response) % 2)), (lambda *_: 0.0):
+        before = copy.deepcopy(policy.state_dict())
+        metrics, _ = train_step(policy, sampler, optimizer, task, args, 0)
+        assert any((x != before[name]).any() for name, x in policy.state_dict().items())
+    assert metrics["grad_norm"] == 0
+
 def tiny_run(base, out, *flags):
     """The command line of a run of about a second."""
     return ["--model", base, "--out", str(out), *flags]
@@ -831,21 +851,23 @@ def assert_same(run, other):
     assert repeatable(run) == repeatable(other) and weights(run) == weights(other)
     assert Path(run, "rollouts.jsonl").read_bytes() == Path(other, "rollouts.jsonl").read_bytes()
 
-def not_finite_at(*steps):
-    """group_advantages that turns to NaN in the given train steps of a prompt, counted from 1."""
+def not_finite_at(step):
+    """group_advantages so large that the gradient's norm is infinite, in this train step of one
+    prompt, counted from 1."""
     calls = iter(range(1, 1000))
-    return lambda rewards: group_advantages(rewards) * (math.nan if next(calls) in steps else 1)
+    return lambda rewards: group_advantages(rewards) + (1e30 if next(calls) == step else 0)
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_reported(base, monkeypatch, capsys):
     """The weights stay, the run goes on, metrics and a line say so; Adam's first step may be late.
     If it is the first that is skipped, a resumed run starts with Adam's first, too: bit for bit."""
     flags = ("--prompts", "1", "--save-every", "1", "--warmup", "0", "--method", "fixed-prefix")
-    for name, step, steps in (("run", 2, "3"), ("late", 1, "1"), ("whole", 1, "2")):
+    for name, step, steps in (("run", 2, "2"), ("late", 1, "1"), ("whole", 1, "2")):
         monkeypatch.setattr(trapo, "group_advantages", not_finite_at(step))
         main(tiny_run(base, name, "--steps", steps, *flags))
+    assert weights("run/checkpoint-1") == weights("run") and "not finite" in capsys.readouterr().out
+    main("--resume --out run --steps 3".split())
     finite = [line["grad_norm"] is not None for line in metrics_of("run") if line["step"]]
-    assert finite == [True, False, True] and "not finite" in capsys.readouterr().out
-    assert weights("run/checkpoint-2") != weights("run")
+    assert finite == [True, False, True] and weights("run/checkpoint-2") != weights("run")
     assert weights("whole/checkpoint-1") == weights(base)
     main("--resume --out late --steps 2".split())
     assert repeatable("late")[-1] == repeatable("whole")[-1] and weights("late") == weights("whole")
@@ -957,6 +979,14 @@ def test_a_long_tail_is_drawn_exactly(temperature):
     assert found.tolist() == expected.tolist()
     assert not gone[found].any() and 10 < (found != 77_777).sum() < 45
     assert logprobs.numpy() == pytest.approx(numpy.log(weights[expected] / edges[-1]), abs=1e-5)
+
+def test_eval_computes_where_training_does_by_default(monkeypatch):
+    asked = []
+    monkeypatch.setattr(trapo, "fill_in", lambda known: asked.append(known) or 1 / 0)
+    for flags, device in (([], Settings().device), (["--device", "cuda"], "cuda")):
+        with pytest.raises(SystemExit):
+            evaluation.main(["model", "m", *flags])
+        assert asked.pop()["device"] == device
 
 @pytest.mark.parametrize("modern", [True, False])
 def test_bf16_is_on_by_default_where_the_card_computes_in_it(modern, monkeypatch):
@@ -1249,6 +1279,24 @@ def test_with_bf16_the_sampler_and_the_update_compute_in_it_and_master_weights_a
     for tensor in (*sampler.buffers(), *safetensors.torch.load(weights("run")).values()):
         assert tensor.dtype == torch.float32
 
+def test_held_out_problems_are_shared_out_and_draw_the_same_whoever_draws_for_them(
+        base, monkeypatch):
+    """Every problem has its own random numbers, each time the same, and counts once."""
+    policy, _ = load_policy(base)
+    drawn, problems = defaultdict(dict), [Problem([i, 3], [], "") for i in range(3, 30)]
+    for time, world, rank in ((1, 1, 0), (2, 1, 0), (3, 3, 0), (3, 3, 1), (3, 3, 2)):
+        task = Task([], problems, lambda problem, response: drawn[time].update(
+            {problem.prompt_ids[0]: response}) or 1)
+        monkeypatch.setattr(trapo, "WORLD", world)
+        monkeypatch.setattr(trapo, "RANK", rank)
+        monkeypatch.setattr(trapo, "gather", lambda value: [value] * world)
+        share = trapo.evaluate(policy, task, settings("--max-response", "8"), greedy=False)
+        assert share == {"held out": 1}
+    assert drawn[1] == drawn[2] == drawn[3] and len(set(map(tuple, drawn[1].values()))) > 20
+    problems[:] = problems[:1]  # the other processes have none, and still tell that to all
+    assert trapo.evaluate(policy, task, settings(), greedy=True) == {
+        "held out": 0, "held out, greedy": 0}
+
 TWO_PROCESSES = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -1308,7 +1356,7 @@ def test_two_processes_do_the_work_of_one(two):
     assert code != 0 and "the second process is out of luck" in errors
     assert not list((folder / "failed").glob("*.jsonl"))
 
-# ==== Part 8. Checkpoints, kills, signals
+# ==== Part 8. Checkpoints, kills, Ctrl-C
 
 processes = multiprocessing.get_context("forkserver")  # imports all this once, then forks
 processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "math_verify",

@@ -23,8 +23,8 @@ prompt: f 12 g +4 h -9 i -7 j -6 k +1 ?
   micro-group 4: mean reward so far 0.14 < 0.9: 100% of the solution
     reward 1, A +0.75:  [now g +4 16 h -9 7 i -7 17 oops i -7 0 think j -6 18 k +1 19 # 19 <eos>]
 
-One update then trains two kinds of tokens (Section 2). On grad log p, the gradient of a token's
-log-probability, they weigh
+One update then trains two kinds of tokens (Section 2): it moves the weights along grad log p, the
+gradient of a token's log-probability, times
 
     the policy's own (completion)   A, as in a group-relative policy gradient
     the expert's (prefix)           min(p / alpha, 1): Trust-Region SFT (Eq. 3)
@@ -77,12 +77,12 @@ class Recipe:
     """Defaults suit a small model on GSM8K; the paper's value is in parentheses."""
     method: str = setting("trapo", "preset of the seven settings below", group="method")
     sizes: list[int] = setting(MICRO["sizes"], "rollouts in each micro-group")
-    ratios: list[float | str] = setting(MICRO["ratios"], "share of the solution given, or low:high")
+    ratios: list[float | str] = setting(MICRO["ratios"], "share of the solution; low:high: random")
     thresholds: list[float] = setting(MICRO["thresholds"], "guided if the mean reward is below")
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     prefix_weight: float = setting(1.0, "weight of the loss on the expert's tokens")
     anneal: int = setting(0, "let ratios and prefix weight fall to 0 by this step; 0: never")
-    baseline: str = setting("group", "advantages are against the group's mean or the micro-group's")
+    baseline: str = setting("group", "mean that advantages are against: group, or micro-group (context)")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)", "optimisation")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
@@ -110,16 +110,16 @@ METHODS = {  # a method is four settings, a rival's some more
     "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
     # Rivals, and where a row departs from its paper. HPT (arXiv 2509.04419): 7 tries, not 8.
     "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
-    # POPE (2601.18779), PrefixRL (2601.18795): random shares, easy problems too, not 8 + 8.
+    # POPE (2601.18779: shortest useful hint), PrefixRL (2601.18795: own traces): random shares.
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
     # UFT (2505.16984): 8 rollouts, not 4; shares are uniform (mean .75), not binomial (.95), and
-    # end at 0, not .05; the weight anneals, too.
+    # fall to 0, not to .05 first; so does the weight, of a sum over a constant, not of a mean.
     "uft": {"sizes": [8], "ratios": ["0.5:1"], "thresholds": [ALWAYS], "prefix_loss": "sft",
             "prefix_weight": 0.001, "anneal": 120},
     # CHORD-phi (2508.11408): SFT on the same problems; 7 tries, not 8; GRPO's weight is 1, not .9.
     "chord": WHOLE | {"prefix_loss": "chord-phi", "prefix_weight": 0.1, "baseline": "context"},
-    # GHPO (2507.10628): tries that failed stay in the batch, of up to 32 rollouts, not 8.
+    # GHPO (2507.10628): always 32 rollouts: failures stay, and after a success it goes on alone.
     "ghpo": {"sizes": [8] * 4, "ratios": [0.0, 0.25, 0.5, 0.75], "thresholds": [-1.0] + [1e-9] * 3,
              "prefix_loss": "none", "baseline": "context"}}
 
@@ -128,9 +128,9 @@ METHODS = {  # a method is four settings, a rival's some more
 # Let p be the policy's probability of an expert token. SFT minimises -log p. On grad log p its
 # weight is 1 however unlikely the token is, so text that the policy would never write pulls as hard
 # as any. The policy is moved to where neither it nor the expert is at home, and its rollouts
-# degenerate (Section 2.2). TrSFT lets the weight fall with p below p = alpha. (Eq. 3 says it of
-# grad p = p grad log p: SFT's weight 1/p, clipped at 1/alpha.) With alpha = 0.1, and 45 other
-# tokens that share 1 - p:
+# degenerate (Section 2.2). TrSFT lets the weight fall with p below p = alpha. (Eq. 3 is stated on
+# grad p = p grad log p: there SFT's weight is 1/p, and TrSFT clips it at 1/alpha.) With alpha = 0.1
+# and 45 other tokens that share 1 - p; note that SFT's gradient does not explode, it never fades:
 #
 #       p      weight on grad log p:  SFT     TrSFT     norm of SFT's gradient in the logits
 #      .5                              1       1                     .51
@@ -189,7 +189,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
     Not divided by the standard deviation, which would favour groups nearly all right or all wrong.
     The mean b includes rollouts that were guided only because this one failed, so b depends on r.
-    That only rescales the gradient of a context's (prompt + prefix's) success rate P: with r 0 or 1
+    That only rescales grad P, P the success rate from this prompt and prefix: with r 0 or 1
     E[(r - b) grad log pi] = (1 - E[b | r = 1] + E[b | r = 0]) grad P,  and the factor is above 0 as
     soon as b includes rollouts drawn before or beside this one, which do not depend on its r.
     """
@@ -235,7 +235,7 @@ def is_guided(rewards_so_far: list[float], micro_group: MicroGroup) -> bool:
 
 def draw_prefix(problem: Problem, ratio: float | str,
                 rng: random.Random) -> tuple[Tokens | None, Tokens]:
-    """One of the problem's solutions, and the prefix that help would be; (None, []) if none."""
+    """One of the problem's solutions, and the prefix that would be given; (None, []) if none."""
     if not problem.solutions:
         return None, []
     solution = rng.choice(problem.solutions)
@@ -318,7 +318,7 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
         for token in sequence[:-1]:
             path.append(tree.setdefault((path[-1], token), len(tree)))
         paths.append(path[1:])
-    hidden = tree_states(policy, tree, paths)                                     # [N, H]
+    hidden = tree_states(policy, tree, paths)                          # [N, H]; in Part 7
     scored = [node for path, start in zip(paths, starts) for node in path[start - 1:]]
     states = hidden[scored].split(HEAD_CHUNK)
     targets = [token for s, start in zip(sequences, starts) for token in s[start:]]
@@ -340,10 +340,10 @@ def token_logprobs(policy: nn.Module, sequences: list[Tokens], starts: list[int]
 # their order, nor leaving out rollouts that add exactly nothing can change it.
 def is_inert(rollout: Rollout, prefix_loss: str) -> bool:
     """Is the rollout's gradient zero for certain? Then the update leaves it out."""
-    weightless = rollout.advantage == 0
+    no_advantage = rollout.advantage == 0
     prefix_is_inert = not rollout.prefix or prefix_loss == "none" or (
-        prefix_loss == "luffy" and weightless)
-    return prefix_is_inert and (weightless or not rollout.completion)
+        prefix_loss == "luffy" and no_advantage)
+    return prefix_is_inert and (no_advantage or not rollout.completion)
 
 def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
     """Prefix loss plus policy-gradient loss, summed over [len(prefix + completion)] log-probs."""
@@ -354,7 +354,8 @@ def rollout_loss(rollout: Rollout, logprobs: Tensor, args: Recipe) -> Tensor:
 
 def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Settings") -> float:
     """Add the gradient of the batch's loss to the parameters' .grad; returns the loss, and leaves
-    log-probs and entropies on every rollout that is trained."""
+    log-probs and entropies on every rollout that is trained. Of several processes (WORLD, Part 8)
+    each has its own rollouts, and returns their part of the loss; the gradient is that of all."""
     trained = [r for r in rollouts if not is_inert(r, args.prefix_loss)]
     batches = micro_batches(trained, args.micro_tokens)  # so that each fits into memory
     divisor, total = sum(gather(len(rollouts))) * args.max_response, 0.0  # of all processes
@@ -376,9 +377,8 @@ def accumulate_gradients(policy: nn.Module, rollouts: list[Rollout], args: "Sett
 # ==== Part 5. One step, and the loop.
 #
 # Everything random comes from generators seeded with (seed, step, process), the order of the data
-# with the seed. So weights, optimizer state and the number of steps are a run's whole state, and a
-# run that is stopped and resumed equals one that never stopped: bit for bit, on a CPU and with as
-# many processes. (This is process RANK of WORLD: 0 of 1, except under torchrun.)
+# and evaluations with the seed. So weights, optimizer state and the number of steps are a run's
+# whole state: resumed, on a CPU with as many processes, it equals one never stopped, bit for bit.
 def annealed(args: "Settings", step: int) -> "Settings":
     """The settings of a step: with --anneal N ratios and prefix weight are multiplied by
     (1 + cos(pi step / N)) / 2, a cosine from 1 to 0, and are 0 from step N on."""
@@ -421,7 +421,7 @@ def train_step(policy: nn.Module, sampler: nn.Module, optimizer: torch.optim.Opt
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.step()
-        refresh(sampler, policy)
+        refresh(sampler, policy)  # if it is a copy, in bf16
     return step_metrics(policy, rollouts, loss, norm, times, args), groups
 
 def train(args: "Settings") -> None:
@@ -504,8 +504,8 @@ def decode(policy: nn.Module, requests: list[Tokens], limits: list[int], uniform
         if not alive:
             break
         # Finished rows leave in few moves: each copies the whole cache, and may record a graph.
-        share = 0.5 if batch.graph else 0.75
-        if batch.used == batch.bias.shape[1] or len(alive) <= share * len(rows):
+        few = (0.5 if batch.graph else 0.75) * len(rows)
+        if batch.used == batch.bias.shape[1] or len(alive) <= few:
             kept = [k for k, row in enumerate(rows) if row in alive]
             batch = DecodeBatch(policy, batch.cache, kept, batch.bias[:, :batch.used],
                                 batch.position, max(limits) - t)
@@ -528,7 +528,7 @@ def prefill(policy: nn.Module, requests: list[Tokens], most: int) -> tuple[Tenso
     return logits[copies, -1], DecodeBatch(policy, cache, copies, bias, places[:, -1:], most)
 
 ROOM = 16  # tokens that a new batch can take in at least; the unit of its width
-capture_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: memory is kept by stream
+capture_stream = functools.cache(torch.cuda.Stream)  # one for all: memory is reused by stream
 
 class DecodeBatch:
     """A batch's decode step on tensors of fixed size and place, as a CUDA graph needs them.
@@ -567,7 +567,7 @@ class DecodeBatch:
                            cache=self.cache, use_cache=True).logits[:, -1]
 
     def record(self) -> torch.cuda.CUDAGraph:
-        """`forward` as a CUDA graph: one launch in place of some 80 a layer, which bound it."""
+        """`forward` as a CUDA graph: one launch in place of some 80 a layer, slow to start."""
         filled = self.cache.layers[0].cumulative_length.clone()
         stream, graph = capture_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -991,7 +991,7 @@ def save(policy: nn.Module, tokenizer, folder: Path, trainer: dict | None = None
         os.replace(aside, folder)
         for older in checkpoints(folder.parent)[:-2]:
             shutil.rmtree(older, ignore_errors=True)
-    gather(0)  # nobody goes on, or ends and so makes torchrun end all, before it is there
+    gather(0)  # nobody goes on before it is there
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one, nothing between."""
@@ -1068,7 +1068,7 @@ def step_metrics(policy: nn.Module, rollouts: list[Rollout], loss: float, norm: 
         "tokens_trained": sum(len(r.logprobs) for r in trained),
         "rollouts_skipped": len(rollouts) - len(trained),
         "loss": mean([sum(gather(loss))]), "grad_norm": mean([norm]),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # of the GPU
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # of process 0's GPU
         "seconds_sample": sampled - began, "seconds_update": updated - sampled}
 
 def in_short(metrics: dict) -> str:
@@ -1079,15 +1079,15 @@ def in_short(metrics: dict) -> str:
     return ", ".join(f"{name} {x:.3f}" for name, x in values.items() if x is not None) + skipped
 
 def evaluate(sampler: nn.Module, task: Task, args: "Settings", greedy: bool) -> dict[str, float]:
-    """Share of held-out problems solved, by one response each, sampled as in training; and greedily
-    if asked. {} if no problem is held out."""
+    """Share of held-out problems solved: by one sampled response each; by a greedy one if asked."""
     accuracy, problems = {}, task.heldout[RANK::WORLD]
-    torch.manual_seed(args.seed)  # always the same random numbers; train_step has its own
+    torch.manual_seed(args.seed)  # the same random numbers each time, however many processes
+    uniforms = torch.rand(len(task.heldout), args.max_response, dtype=torch.float64)[RANK::WORLD]
     names = {"held out": args.temperature} | ({"held out, greedy": 0.0} if greedy else {})
     for name, temperature in names.items() if task.heldout else ():
         responses, _ = sample(sampler, [p.prompt_ids for p in problems],
                               [args.max_response] * len(problems), temperature,
-                              kv_tokens=args.kv_tokens)
+                              uniforms=uniforms, kv_tokens=args.kv_tokens)
         right = sum(gather(sum(map(task.reward, problems, responses))))
         accuracy[name] = right / len(task.heldout)
     return accuracy

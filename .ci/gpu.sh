@@ -6,11 +6,11 @@
 #
 # PASS and FAIL lines with time stamps, then .github/gpu.md: card, versions, commit, what held, and
 # the figures. First what may fail: attention's kernels and masks, graphs against plain decoding,
-# three whole steps of a random Qwen2.5-0.5B, the tests that need a card, FSDP2 on nccl. Then
+# three whole steps of a random Qwen2.5-0.5B, the tests that need a card, captures beside nccl. Then
 # figures: sampling by rows and beside model.generate, Math-Verify, the embedded experiment. Needs
 # the packages of requirements.txt and nothing from the network; 24 GB are enough, by arithmetic.
 #
-# Rehearsed without a card (bash .ci/gpu/rehearse.sh check): every question but the tests and FSDP2,
+# Rehearsed without a card (bash .ci/gpu/rehearse.sh check): every question but the tests and nccl,
 # at a tiny size, on the CPU's kernels. Not rehearsed: kernels, times, memory, nccl.
 #
 # LIMIT: seconds, 520.   OUT: also put the page and the log there.   PY: python, python3.

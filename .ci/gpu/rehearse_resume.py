@@ -35,15 +35,15 @@ with pretend_gpu.World():
     optimizer_again = torch.optim.AdamW(again.parameters(), 1e-2, weight_decay=0.0)
     saved = torch.load(folder / "trainer.pt", "cpu", weights_only=True)  # as in trapo.prepare
     optimizer_again.load_state_dict(saved["optimizer"])
-    places = [{value.device.type for state in states.values() for value in state.values()}
-              for states in (saved["optimizer"]["state"], optimizer_again.state)]
+    places = {value.device.type for state in optimizer_again.state.values()
+              for value in state.values()}
     step(policy, optimizer)
     step(again, optimizer_again)
     equal = all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters()))
     moments = all(states["exp_avg"].device.type == "cuda"
                   for states in optimizer_again.state.values())
-print(f"optimizer's state: in the file {places[0]}, loaded {places[1]}; moments on the device: "
+print(f"optimizer's state loaded to {places}; moments on the device: "
       f"{moments}; the next step is the same: {equal}")
-good = places[0] == {"cpu"} and moments and equal
+good = moments and equal
 print("PASS" if good else "FAIL", "rehearse_resume")
 raise SystemExit(not good)
