@@ -1545,6 +1545,12 @@ def built(at, name, **changes):
     at.tokenizer.save_pretrained("built")
     return model("built")
 
+def without_tokenizer(at):
+    flags = built(at, "qwen2")
+    for file in Path("built").glob("*token*"):
+        file.unlink()
+    return flags
+
 def without_checkpoints(at):
     flags = resumed(at, "notes", "")
     for folder in checkpoints(Path("run")):
@@ -1574,7 +1580,7 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     *((flags, flags, flags.split()[-2][2:].replace("-", ".")) for flags in (
         "--alpha 2", "--alpha nan", "--ratios 1.5", "--sizes 0", "--thresholds inf",
         "--thresholds nan", "--steps 0", "--steps two", "--steps 1.5", "--eval-size -1",
-        "--lr 0", "--lr inf", "--temperature 0", "--warmup -1", "--seed -1", "--seed 1e19",
+        "--lr 0", "--lr 1e8", "--temperature 0", "--warmup -1", "--seed -1", "--seed 1e19",
         "--method ppo", "--prefix-loss kl", "--device gpu", "--step 3", "--base-steps 9")),
     *((flags, flags, words) for flags, words in (
         ("--ratios 0 0.5", "--ratios"), ("--ratios 0:a", "ratios 0:a"),
@@ -1596,6 +1602,7 @@ REFUSED = [  # what is wrong, the flags or a function that prepares them, what t
     ("torn weights", lambda at: other(at, "model.safetensors", "torn"), "copied"),
     ("a LoRA adapter", lambda at: other(at, "adapter_config.json", "{}"), "adapter.*merge"),
     ("a template that wants parts", lambda at: other(at, "chat_template.jinja", PARTS), "template"),
+    ("no tokenizer", lambda at: without_tokenizer(at), "tokenizer is missing"),
     ("no EOS", lambda at: put("built/chat_template.jinja", "", put(
         "built/tokenizer_config.json", {"eos_token": None}, built(at, "llama"))), "no EOS"),
     ("a missing layer", lambda at: state(at, lambda name, x: None if "1.mlp.up" in name else x),

@@ -82,7 +82,7 @@ class Recipe:
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     prefix_weight: float = setting(1.0, "weight of the loss on the expert's tokens")
     anneal: int = setting(0, "let ratios and prefix weight fall to 0 by this step; 0: never")
-    baseline: str = setting("group", "mean that advantages are against: group, or micro-group (context)")
+    baseline: str = setting("group", "A = reward less the mean of: group, or context (micro-group)")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)", "optimisation")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
@@ -696,8 +696,8 @@ def turn_end(tokenizer) -> int:
         ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         end = ids[0] if special & set(ids[:1]) else end
-    if end is None:
-        raise ValueError("its tokenizer has no EOS token, so no response would end")
+    if end is None or len(tokenizer) < 2:  # transformers makes up a Qwen tokenizer that is missing
+        raise ValueError("its tokenizer is missing, or has no EOS token to end a response")
     return end
 
 def render(tokenizer, turns: list[dict[str, str]], **options: bool) -> str:
@@ -966,7 +966,7 @@ def prepare(args: "Settings") -> tuple:
     if not saved:
         return policy, tokenizer, sampler, optimizer, task, 0
     with as_input_error(f"use {saved[-1]}/trainer.pt", "delete that checkpoint"):
-        trainer = torch.load(saved[-1] / "trainer.pt", "cpu", weights_only=True, mmap=True)
+        trainer = torch.load(saved[-1] / "trainer.pt", "cpu", weights_only=True)
         optimizer.load_state_dict(trainer["optimizer"])
         return policy, tokenizer, sampler, optimizer, task, trainer["step"]
 
@@ -1147,8 +1147,8 @@ class Settings(Recipe):
 
 CHOICES = {"method": METHODS, "prefix_loss": PREFIX_LOSSES, "device": ("cpu", "cuda"),
            "baseline": ("group", "context")}
-RANGES = {"ratios": (0, 1), "alpha": (0, 1), "thresholds": (-1e9, 1e9), "seed": (0, 2**63 - 1),
-          "warmup": (0, 1e12), "anneal": (0, 1e12), "prefix_weight": (0, 1e12),
+RANGES = {"ratios": (0, 1), "alpha": (0, 1), "thresholds": (-1e9, 1e9), "seed": (0, 2**63),
+          "lr": (1e-12, 1), "warmup": (0, 1e12), "anneal": (0, 1e12), "prefix_weight": (0, 1e12),
           "eval_size": (0, 1e12)}  # other numbers are above 0
 
 class Parser(argparse.ArgumentParser):
@@ -1207,7 +1207,7 @@ def fill_in(known: dict) -> Settings:
 
 def read_settings(path: Path) -> dict:
     """Settings in a JSON file."""
-    with as_input_error(f"use {path}", "correct it, or give another folder"):
+    with as_input_error(f"use {path}", "correct it, or remove its folder"):
         known = json.loads(path.read_text())
         Settings(**known)
     return known
