@@ -114,12 +114,12 @@ METHODS = {  # a method is four settings, a rival's some more
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
     # UFT (2505.16984): 8 rollouts, not 4; shares are uniform (mean .75), not binomial (.95), and
-    # fall to 0, not to .05 first; so does the weight, of a sum over a constant, not of a mean.
+    # fall to 0, not .05; the weight falls, too, and is on a sum over a constant, not on a mean.
     "uft": {"sizes": [8], "ratios": ["0.5:1"], "thresholds": [ALWAYS], "prefix_loss": "sft",
             "prefix_weight": 0.001, "anneal": 120},
     # CHORD-phi (2508.11408): SFT on the same problems; 7 tries, not 8; GRPO's weight is 1, not .9.
     "chord": WHOLE | {"prefix_loss": "chord-phi", "prefix_weight": 0.1, "baseline": "context"},
-    # GHPO (2507.10628): always 32 rollouts: failures stay, and after a success it goes on alone.
+    # GHPO (2507.10628): always 32 rollouts: failures stay, and after a success tries go on.
     "ghpo": {"sizes": [8] * 4, "ratios": [0.0, 0.25, 0.5, 0.75], "thresholds": [-1.0] + [1e-9] * 3,
              "prefix_loss": "none", "baseline": "context"}}
 
@@ -567,7 +567,7 @@ class DecodeBatch:
                            cache=self.cache, use_cache=True).logits[:, -1]
 
     def record(self) -> torch.cuda.CUDAGraph:
-        """`forward` as a CUDA graph: one launch in place of some 80 a layer, slow to start."""
+        """`forward` as a CUDA graph: one launch, not some 80 a layer that cost more than the work."""
         filled = self.cache.layers[0].cumulative_length.clone()
         stream, graph = capture_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -1108,8 +1108,8 @@ def help_given(group: list[Rollout], m: int, micro_group: MicroGroup) -> str:
     first = next(r for r in group if r.micro_group == m)
     rewards = [r.reward for r in group if r.micro_group < m]
     average, guided = sum(rewards) / max(1, len(rewards)), is_guided(rewards, micro_group)
-    share = len(first.prefix) / max(1, first.solution_length)
-    sign, given = ("<", f"{share:.0%} of the solution") if guided else (">=", "no help")
+    part = len(first.prefix) / max(1, first.solution_length)
+    sign, given = ("<", f"{part:.0%} of the solution") if guided else (">=", "no help")
     return f"mean reward so far {average:.2f} {sign} {micro_group.threshold:g}: {given}"
 
 # ==== Part 10. The command line: typed > the resumed run's settings > the model's defaults.json
@@ -1207,7 +1207,7 @@ def fill_in(known: dict) -> Settings:
 
 def read_settings(path: Path) -> dict:
     """Settings in a JSON file."""
-    with as_input_error(f"use {path}", "correct it, or remove its folder"):
+    with as_input_error(f"use {path}", "correct it, or give another folder"):
         known = json.loads(path.read_text())
         Settings(**known)
     return known
