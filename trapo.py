@@ -567,7 +567,7 @@ class DecodeBatch:
                            cache=self.cache, use_cache=True).logits[:, -1]
 
     def record(self) -> torch.cuda.CUDAGraph:
-        """`forward` as a CUDA graph: one launch, not some 80 a layer that cost more than the work."""
+        """`forward` as a CUDA graph: one launch, not 80 a layer that cost more than the work."""
         filled = self.cache.layers[0].cumulative_length.clone()
         stream, graph = capture_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
