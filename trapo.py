@@ -82,7 +82,7 @@ class Recipe:
     prefix_loss: str = setting("trsft", "loss on the expert's tokens")
     prefix_weight: float = setting(1.0, "weight of the loss on the expert's tokens")
     anneal: int = setting(0, "let ratios and prefix weight fall to 0 by this step; 0: never")
-    baseline: str = setting("group", "A = reward less the mean of: group, or context (micro-group)")
+    baseline: str = setting("group", "A = reward less the mean of the group, or of the context")
     alpha: float = setting(0.1, "edge of the trust region, a probability (paper: 0.1)")
     max_prompt: int = setting(1024, "longest prompt, tokens (paper: 1024)", "optimisation")
     max_response: int = setting(1024, "longest response, prefix included, tokens (paper: 8192)")
