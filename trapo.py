@@ -110,7 +110,7 @@ METHODS = {  # a method is four settings, a rival's some more
     "sft": {"sizes": [1], "ratios": [1.0], "thresholds": [ALWAYS], "prefix_loss": "sft"},
     # Rivals, and where a row departs from its paper. HPT (arXiv 2509.04419): 7 tries, not 8.
     "hpt": WHOLE | {"thresholds": [-1.0, 1e-9], "prefix_loss": "sft", "baseline": "context"},
-    # POPE (2601.18779: shortest useful hint), PrefixRL (2601.18795: own traces): random shares.
+    # POPE (2601.18779: shortest useful hint), PrefixRL (2601.18795: own traces): random, for all.
     "pope": {"sizes": [4, 4], "ratios": [0.0, "0.2:0.5"], "thresholds": [-1.0, ALWAYS],
              "prefix_loss": "none", "baseline": "context"},
     # UFT (2505.16984): 8 rollouts, not 4; shares are uniform (mean .75), not binomial (.95), and

@@ -30,7 +30,6 @@ if PRETEND:
     import pretend_gpu
 import torch
 import transformers
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 ROOT = Path(__file__).resolve().parents[2]
